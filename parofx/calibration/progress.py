@@ -1,0 +1,55 @@
+"""The progress bar of calibration: blocks done, and the objective of the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from parofx.passes.transforms import Transform
+from parofx.report import TransformReport
+
+
+class BlockProgress:
+    """Shows one bar over all transforms, naming the block and how far its objective fell."""
+
+    def __init__(self, transforms: Sequence[Transform], *, enabled: bool) -> None:
+        self._bar = Progress(
+            TextColumn("[bold]calibrate[/]"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("transforms"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            disable=not enabled,
+        )
+        self._task = self._bar.add_task("", total=len(transforms), status="")
+        self._block = ""
+        self._ratios: list[float] = []
+
+    def __enter__(self) -> BlockProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def enter(self, block: str) -> None:
+        """Name the block that runs next."""
+        if block != self._block:
+            self._block, self._ratios = block, []
+
+    def forwarded(self, done: int, total: int) -> None:
+        """Say that the block ran on `done` of `total` batches."""
+        self._bar.update(self._task, status=f"{self._block or 'graph'}: statistics {done}/{total}")
+
+    def fitted(self, report: TransformReport) -> None:
+        """Count a fitted transform."""
+        self._ratios.append(report.loss_after / report.loss_before if report.loss_before else 1.0)
+        mean = sum(self._ratios) / len(self._ratios)
+        status = f"{self._block or 'graph'}: objective ×{mean:.3f}"
+        self._bar.update(self._task, advance=1, status=status)

@@ -1,0 +1,171 @@
+"""Where text comes from: text, JSONL and Parquet files, folders of them, and the datasets of the Hugging Face hub.
+
+A document is a string, or a conversation: a list of `{"role": …, "content": …}` messages, to be rendered by the
+tokenizer's chat template.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from parofx.errors import DataError
+
+Conversation: TypeAlias = list[dict[str, str]]
+Document: TypeAlias = str | Conversation
+
+#: Fields of a JSONL or Parquet row that hold a document, in the order they are looked for.
+DOCUMENT_FIELDS = ("text", "messages")
+#: Two blank lines: the border between two documents of one text file.
+_DOCUMENT_BORDER = re.compile(r"\n[ \t]*\n[ \t]*\n\s*")
+
+
+def load_texts(source: str | Path, *, split: str = "train") -> Iterator[Document]:
+    """Yield the documents of a source, reading no further than they are asked for.
+
+    | source | documents |
+    |-|-|
+    | `notes.txt`, `README.md`, `.rst` | the parts between two or more blank lines; else the file |
+    | `chat.jsonl` | the `text` or the `messages` of each line |
+    | `part.parquet` | the `text` or the `messages` of each row |
+    | a folder | those of all such files in it and below, in the order of their paths |
+    | `wikitext:wikitext-2-raw-v1` | rows of a hub dataset, streamed: `name`, `name:config` or `name:config:split` |
+
+    Args:
+        source: a path or a dataset id. What exists on disk is a path.
+        split: of a hub dataset whose id names none.
+
+    Raises:
+        DataError: if nothing is there, or a row holds no document; the message says where.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _load_folder(path)
+    reader = _READERS.get(path.suffix.lower())
+    if path.is_file():
+        if reader is None:
+            raise DataError(f"{path}: expected a file ending in one of {sorted(_READERS)}, got {path.suffix!r}")
+        return reader(path)
+    if reader is not None or path.is_absolute() or str(source).startswith((".", "~")):
+        raise DataError(f"no such file or folder: {path}")
+    return _load_dataset(str(source), split)
+
+
+def interleave(sources: Iterable[Iterator[Document]]) -> Iterator[Document]:
+    """Yield one document of each source in turn until all are used up, so that the first does not crowd out others."""
+    waiting = list(sources)
+    while waiting:
+        remaining = []
+        for documents in waiting:
+            for document in documents:
+                yield document
+                remaining.append(documents)
+                break
+        waiting = remaining
+
+
+def _load_folder(folder: Path) -> Iterator[Document]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in _READERS)
+    if not files:
+        raise DataError(f"{folder}: expected at least one file ending in one of {sorted(_READERS)}, found none")
+    return (document for path in files for document in _READERS[path.suffix.lower()](path))
+
+
+def _load_plain(path: Path) -> Iterator[Document]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text, got {error}") from error
+    for part in _DOCUMENT_BORDER.split(text):
+        if part.strip():
+            yield part.strip("\n")
+
+
+def _load_jsonl(path: Path) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: expected one JSON object a line, got {error}") from error
+            yield _document(row, f"{path}, line {number}")
+
+
+def _load_parquet(path: Path) -> Iterator[Document]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'parofx[transformers]'") from error
+    number = 0
+    with parquet.ParquetFile(path) as file:
+        columns = [name for name in DOCUMENT_FIELDS if name in file.schema_arrow.names]
+        if not columns:
+            raise DataError(f"{path}: expected a column of {DOCUMENT_FIELDS}, got {file.schema_arrow.names}")
+        for table in file.iter_batches(batch_size=256, columns=columns):
+            for row in table.to_pylist():
+                number += 1
+                yield _document(row, f"{path}, row {number}")
+
+
+def _load_dataset(name: str, split: str) -> Iterator[Document]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{name!r} is no file or folder, and reading it as a hub dataset needs datasets: "
+            "pip install 'parofx[transformers]'"
+        ) from error
+    identifier, _, rest = name.partition(":")
+    config, _, named_split = rest.partition(":")
+    try:
+        rows = datasets.load_dataset(identifier, config or None, split=named_split or split, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield _document(row, f"dataset {name!r}, row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each raise errors of their own
+        raise DataError(
+            f"{name!r} is no file or folder, and it could not be read as a hub dataset "
+            f"({type(error).__name__}: {error}). Check the name (name, name:config or name:config:split) and the "
+            "network, or download the text and pass the file"
+        ) from error
+
+
+def _document(row: Any, where: str) -> Document:
+    if isinstance(row, Mapping):
+        for field in DOCUMENT_FIELDS:
+            value = row.get(field)
+            if value is not None:
+                return check_document(value, where)
+        raise DataError(f"{where}: expected a field of {DOCUMENT_FIELDS}, got {sorted(row)}")
+    raise DataError(f"{where}: expected an object with a field of {DOCUMENT_FIELDS}, got {type(row).__name__}")
+
+
+def check_document(value: object, where: str) -> Document:
+    """Return `value` as a document.
+
+    Raises:
+        DataError: if it is neither a string nor a conversation, naming `where`.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) and "role" in item for item in value):
+        return [dict(item) for item in value]
+    raise DataError(
+        f"{where}: expected a string or a list of messages with 'role' and 'content', got {type(value).__name__}"
+    )
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
+    ".txt": _load_plain,
+    ".md": _load_plain,
+    ".rst": _load_plain,
+    ".jsonl": _load_jsonl,
+    ".ndjson": _load_jsonl,
+    ".parquet": _load_parquet,
+}

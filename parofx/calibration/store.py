@@ -1,0 +1,170 @@
+"""What a calibration run keeps on disk, so that a killed one goes on at the block it was in.
+
+A work folder holds `run.json` (a fingerprint of options, weights and data), one `segment-NNN.safetensors` per finished
+segment with its fitted tensors, and `border.safetensors`: the values that cross into the next segment. Each file is
+written under a temporary name and renamed, so a kill leaves the last complete state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parofx.calibration.fitting import FittedTransform
+from parofx.errors import DataError
+
+_FORMAT = 1
+
+
+class CalibrationStore:
+    """The work folder of one run.
+
+    Args:
+        folder: created if missing.
+        fingerprint: identifies options, weights and data; results of another fingerprint are not used.
+        resume: use what is there; otherwise start over.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str, *, resume: bool) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        header = {"format": _FORMAT, "fingerprint": fingerprint}
+        found = self._read_header()
+        if not resume or found != header:
+            self._clear()
+            _write_atomically(self._folder / "run.json", json.dumps(header).encode())
+
+    def finished(self) -> int:
+        """Return how many segments are finished, counted from the first; only those with a border on disk count."""
+        border = self._folder / "border.safetensors"
+        if not border.exists():
+            return 0
+        with safe_open(str(border), framework="pt") as file:
+            return int(json.loads(file.metadata()["values"])["segment"]) + 1
+
+    def load_segment(self, index: int) -> dict[str, Tensor]:
+        """Return the fitted tensors of a finished segment."""
+        return _load(self._segment(index))
+
+    def save_segment(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a finished segment's fitted tensors; it counts once a border at or behind it is written."""
+        _save(tensors, self._segment(index), {})
+
+    def save_borders(self, index: int, borders: Sequence[Mapping[str, Any]]) -> None:
+        """Write the values behind segment `index`; a later run starts there."""
+        flat: dict[str, Tensor] = {}
+        plain: list[dict[str, Any]] = []
+        for batch, border in enumerate(borders):
+            tensors_here = {name: value for name, value in border.items() if isinstance(value, Tensor)}
+            flat |= {f"{batch}/{name}": value for name, value in tensors_here.items()}
+            plain.append({name: value for name, value in border.items() if name not in tensors_here})
+        _save(flat, self._folder / "border.safetensors", {"values": json.dumps({"segment": index, "plain": plain})})
+
+    def load_borders(self) -> list[dict[str, Any]]:
+        """Return the values behind the last finished segment, per batch."""
+        path = self._folder / "border.safetensors"
+        with safe_open(str(path), framework="pt") as file:
+            borders: list[dict[str, Any]] = json.loads(file.metadata()["values"])["plain"]
+        for key, tensor in _load(path).items():
+            batch, _, name = key.partition("/")
+            borders[int(batch)][name] = tensor
+        return borders
+
+    def _segment(self, index: int) -> Path:
+        return self._folder / f"segment-{index:03d}.safetensors"
+
+    def _read_header(self) -> Any:
+        path = self._folder / "run.json"
+        if not path.exists():
+            if any(self._folder.iterdir()):
+                raise DataError(
+                    f"work_dir must be empty or hold an earlier run: {self._folder} has other files and no run.json; "
+                    "choose another folder"
+                )
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            return None
+
+    def _clear(self) -> None:
+        for path in [*self._folder.glob("segment-*.safetensors*"), *self._folder.glob("border.safetensors*")]:
+            path.unlink()
+
+
+def fingerprint(options: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], data: Iterable[Any]) -> str:
+    """Return a digest of options, named tensors and data (nested mappings, lists, tensors and plain values)."""
+    digest = hashlib.blake2b(json.dumps(options, sort_keys=True, default=str).encode())
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        _digest_value(digest, tensor)
+    for item in data:
+        _digest_value(digest, item)
+    return digest.hexdigest()
+
+
+def pack_fit(name: str, fitted: FittedTransform) -> dict[str, Tensor]:
+    """Return a fitted transform as named tensors, `name|…`."""
+    tensors = {"pairs": fitted.pairs, "theta": fitted.theta, "channel_scales": fitted.channel_scales}
+    tensors["losses"] = torch.tensor([fitted.loss_before, fitted.loss_after], dtype=torch.float64)
+    tensors["errors"] = torch.tensor(fitted.errors, dtype=torch.float64)
+    for index, (scales, zeros) in enumerate(fitted.grids):
+        tensors |= {f"scales{index}": scales, f"zeros{index}": zeros}
+    return {f"{name}|{key}": tensor for key, tensor in tensors.items()}
+
+
+def unpack_fits(tensors: Mapping[str, Tensor]) -> dict[str, FittedTransform]:
+    """Return the transforms that `pack_fit` named."""
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("|")
+        grouped.setdefault(name, {})[key] = tensor
+    return {name: _unpack_fit(parts) for name, parts in grouped.items()}
+
+
+def _unpack_fit(parts: Mapping[str, Tensor]) -> FittedTransform:
+    before, after = parts["losses"].tolist()
+    grids = tuple((parts[f"scales{index}"], parts[f"zeros{index}"]) for index in range(len(parts["errors"])))
+    rotation = (parts["pairs"], parts["theta"], parts["channel_scales"])
+    return FittedTransform(*rotation, grids, tuple(parts["errors"].tolist()), before, after)
+
+
+def _digest_value(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            digest.update(str(key).encode())
+            _digest_value(digest, value[key])
+    else:
+        digest.update(repr(value).encode())
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    # Safetensors refuses tensors that share memory; what crosses a border may be views of one tensor.
+    separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(separate, str(temporary), metadata)
+    os.replace(temporary, path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

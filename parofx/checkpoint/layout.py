@@ -1,0 +1,183 @@
+"""What a PARO checkpoint must hold: its tensors, its configuration, and how the two agree.
+
+A module is quantized if and only if `<name>.qweight` exists. Group size and krot are read off the tensors; the
+configuration may only repeat them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parofx import nn as paro_nn
+from parofx import rotation
+from parofx.config import PACKED_BITS
+from parofx.errors import CheckpointError, ShapeError, one_per_line
+from parofx.nn import ParoLinear
+
+#: `quant_method` of the published checkpoints.
+QUANT_METHOD = "paroquant"
+#: Any of these marks a module as quantized; the rest of its tensors must then be there too.
+_MARKS = ("qweight", "qzeros", "channel_scales")
+_FUSED_EXPERTS = tuple(
+    f"{weight}_{name}" for weight in ("gate_up_weight", "down_weight") for name in paro_nn.ROTATION_NAMES
+)
+
+#: Checkpoint tensors by module name, then by tensor name.
+Quantized = dict[str, dict[str, Tensor]]
+
+
+def paro_linears(model: nn.Module) -> dict[str, ParoLinear]:
+    """Return every `ParoLinear` by name, a shared one under each of its names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, ParoLinear)}
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return the `quantization_config` of a model's `ParoLinear`s.
+
+    `group_size` is the most frequent one; if there are others, `group_sizes` lists the modules that have them.
+
+    Raises:
+        CheckpointError: if there is no `ParoLinear`, the model is one itself, or krot is not the same everywhere.
+    """
+    linears = paro_linears(model)
+    if not linears:
+        raise CheckpointError("expected a model that holds ParoLinear modules, got none; call parofx.quantize first")
+    if "" in linears:
+        raise CheckpointError("a checkpoint names its linears, got a model that is itself a ParoLinear; wrap it")
+    krots = {linear.krot for linear in linears.values()}
+    if len(krots) > 1:
+        raise CheckpointError(f"a checkpoint has one krot, got {sorted(krots)}; quantize all linears with the same")
+    sizes = Counter(linear.group_size for linear in linears.values())
+    group_size = max(sizes, key=lambda size: (sizes[size], size))
+    config: dict[str, Any] = {
+        "quant_method": QUANT_METHOD,
+        "bits": PACKED_BITS[0],
+        "group_size": group_size,
+        "krot": krots.pop(),
+        "modules_to_not_convert": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+    }
+    if len(sizes) > 1:
+        config["group_sizes"] = {
+            name: linear.group_size for name, linear in linears.items() if linear.group_size != group_size
+        }
+    return config
+
+
+def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's `state_dict` with every quantization tensor in memory of its own.
+
+    Siblings share rotation tensors and packed buffers; other readers need each module's own copy.
+    """
+    keys = [f"{prefix}.{name}" for prefix, linear in paro_linears(model).items() for name in linear.state_dict()]
+    return separated(model.state_dict(), keys)
+
+
+def separated(state: dict[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
+    """Return `state` with the tensors `keys` contiguous and alone in their memory, copied where they were not."""
+    seen: set[int] = set()
+    alone = {}
+    for key in keys:
+        tensor = state[key].contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(storage.data_ptr())
+        alone[key] = tensor
+    return state | alone
+
+
+def find_quantized(tensors: Mapping[str, Tensor]) -> Quantized:
+    """Group the tensors of quantized modules by module.
+
+    Raises:
+        CheckpointError: if there is none, or there are fused experts, which are not supported.
+    """
+    fused = sorted(key for key in tensors if key.endswith(_FUSED_EXPERTS))
+    if fused:
+        raise CheckpointError(
+            f"fused mixture-of-experts weights are not supported; the checkpoint holds:\n{one_per_line(fused)}"
+        )
+    split = [(*key.rpartition("."), tensor) for key, tensor in tensors.items()]
+    quantized: Quantized = {prefix: {} for prefix, _, name, _ in split if name in _MARKS}
+    for prefix, _, name, tensor in split:
+        if prefix in quantized:
+            quantized[prefix][name] = tensor
+    if not quantized or "" in quantized:
+        raise CheckpointError("expected a PARO checkpoint, got none whose tensors are named '<module>.qweight'")
+    return quantized
+
+
+def why_not_readable(config: object) -> list[str]:
+    """Return what keeps a `quantization_config` from being read."""
+    if not isinstance(config, Mapping):
+        return [f"config.json must hold a 'quantization_config' object, got {config!r}"]
+    if config.get("quant_method") != QUANT_METHOD:
+        return [f"quant_method must be {QUANT_METHOD!r}, got {config.get('quant_method')!r}"]
+    if config.get("bits", PACKED_BITS[0]) not in PACKED_BITS:
+        return [f"bits must be one of {PACKED_BITS}, got {config['bits']!r}"]
+    return []
+
+
+def why_not_quantized(quantized: Quantized, config: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the modules' tensors, against one another and against the configuration."""
+    problems = []
+    group_sizes = config.get("group_sizes") or {}
+    problems += [f"{name}: in group_sizes, but not quantized" for name in sorted(set(group_sizes) - set(quantized))]
+    for name, tensors in quantized.items():
+        try:
+            paro_nn.check_tensors(tensors, name)
+        except ShapeError as error:
+            problems.append(_naming(name, error))
+            continue
+        stated = {"group_size": group_sizes.get(name, config.get("group_size")), "krot": config.get("krot")}
+        found = {
+            "group_size": tensors["qweight"].shape[0] // tensors["scales"].shape[0],
+            "krot": tensors["pairs"].shape[0],
+        }
+        problems += [
+            f"{name}: quantization_config says {key} {stated[key]}, the tensors say {found[key]}"
+            for key in found
+            if stated[key] not in (None, found[key])
+        ]
+    return problems
+
+
+def why_not_valid(quantized: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """Return which loaded values cannot be: pairs that are no permutation, numbers that are not finite."""
+    problems = []
+    for name, tensors in quantized.items():
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                count = int((~tensor.isfinite()).sum())
+                problems.append(f"{name}.{key}: must be finite, got {count} values that are not")
+        group_size = tensors["qweight"].shape[0] // tensors["scales"].shape[0]
+        try:
+            rotation.check_pairs(tensors["pairs"], group_size, f"{name}.pairs")
+        except ShapeError as error:
+            problems.append(str(error))
+    return problems
+
+
+def share_rotations(linears: Iterable[ParoLinear]) -> None:
+    """Let linears whose rotation tensors hold equal bytes hold the same tensor objects, as siblings did when saved."""
+    first: dict[tuple[object, ...], Tensor] = {}
+    for linear in linears:
+        for name in paro_nn.ROTATION_NAMES:
+            tensor: Tensor = getattr(linear, name)
+            if tensor.is_meta:
+                continue
+            content = hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest()
+            key = (name, tensor.dtype, tuple(tensor.shape), tensor.device, content)
+            setattr(linear, name, first.setdefault(key, tensor))
+
+
+def _naming(name: str, error: ShapeError) -> str:
+    text = str(error)
+    return text if text.startswith(name) else f"{name}: {text}"

@@ -1,0 +1,72 @@
+"""What several commands share: consoles, the options that name a model, and loading it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from parofx.models import LoadedModel
+
+#: Columns of a table that is piped: a file has no width, and cut layer names would be of no use.
+_PIPED_WIDTH = 200
+
+#: Results go to standard output, so that they can be piped; everything else to standard error.
+console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+errors_console = Console(stderr=True)
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+Source = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a hub id, a .gguf file or a PARO checkpoint.", show_default=False),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Use what is in the hub's local cache, ask no network.")]
+Dtype = Annotated[DtypeName, typer.Option(help="Of the float parameters; auto keeps the model's (bfloat16 for GGUF).")]
+Device = Annotated[DeviceName, typer.Option(help="Where to run; auto takes a CUDA device if there is one.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that the model's repository brings.")
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result to this file.", dir_okay=False, writable=True)
+]
+
+
+def load(
+    source: str, *, revision: str | None, offline: bool, dtype: DtypeName, device: DeviceName, trust_remote_code: bool
+) -> LoadedModel:
+    """Load a model as the options say, telling so."""
+    if offline:
+        # Read when the hub's libraries are imported, which happens below.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    with errors_console.status(f"loading {source} …"):
+        import torch
+
+        from parofx.models import LoadedModel, load_model
+
+        loaded = load_model(
+            source,
+            revision=revision,
+            dtype=None if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=offline,
+            trust_remote_code=trust_remote_code,
+        )
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return LoadedModel(loaded.model.to(device), loaded.tokenizer)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

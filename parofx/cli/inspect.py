@@ -1,0 +1,130 @@
+"""`parofx inspect`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from parofx.cli.common import JsonFile, console, size
+from parofx.cli.quantize import REPORT_FILE
+from parofx.config import PACKED_BITS
+from parofx.errors import CheckpointError, one_per_line
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One quantized linear, as its tensors' headers say; `relative_error` is of the report beside the checkpoint."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    krot: int
+    bytes: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A checkpoint: its layers, and the bytes of quantized and of other tensors."""
+
+    layers: tuple[Layer, ...]
+    quantized_bytes: int
+    float_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight."""
+        return 8 * self.quantized_bytes / sum(layer.in_features * layer.out_features for layer in self.layers)
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a PARO checkpoint.", show_default=False)],
+    sort: Annotated[Literal["stored", "error", "size"], typer.Option(help="Order of the layers.")] = "stored",
+    json_file: JsonFile = None,
+) -> None:
+    """List the quantized layers of a checkpoint. Reads headers only, whatever the checkpoint's size.
+
+    \b
+    parofx inspect llama-paro
+    parofx inspect llama-paro --sort error --json layers.json
+    """  # noqa: D301
+    summary = summarize(checkpoint)
+    layers = list(summary.layers)
+    if sort == "size":
+        layers.sort(key=lambda layer: -layer.bytes)
+    elif sort == "error":
+        layers.sort(key=lambda layer: -(layer.relative_error or 0.0))
+    table = Table("layer", "N × K", "bits", "group size", "krot", "relative error", "size", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for layer in layers:
+        error = "–" if layer.relative_error is None else f"{layer.relative_error:.2e}"
+        table.add_row(
+            layer.name,
+            f"{layer.out_features} × {layer.in_features}",
+            str(layer.bits),
+            str(layer.group_size),
+            str(layer.krot),
+            error,
+            size(layer.bytes),
+        )
+    console.print(table)
+    total = summary.quantized_bytes + summary.float_bytes
+    console.print(
+        f"{len(layers)} quantized layers, {summary.bits_per_weight:.3f} bits per weight; "
+        f"{size(summary.quantized_bytes)} quantized + {size(summary.float_bytes)} float = {size(total)}",
+        highlight=False,
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(asdict(summary) | {"bits_per_weight": summary.bits_per_weight}))
+
+
+def summarize(folder: Path) -> Summary:
+    """Return what the headers of a checkpoint's files say.
+
+    Raises:
+        CheckpointError: if it is no PARO checkpoint, or its tensors contradict its configuration.
+    """
+    from parofx.checkpoint import files, layout
+
+    quantization = files.read_json(folder / files.CONFIG_FILE).get("quantization_config") or {}
+    problems = layout.why_not_readable(quantization)
+    shards = None if problems else files.open_folder(folder)
+    quantized = {} if shards is None else layout.find_quantized(shards.tensors)
+    problems += layout.why_not_quantized(quantized, quantization) if quantized else []
+    if problems or shards is None:
+        raise CheckpointError(f"{folder} is no readable PARO checkpoint:\n{one_per_line(problems)}")
+    errors = _stored_errors(folder)
+    layers = []
+    for name, tensors in quantized.items():
+        (in_features, _), (groups, out_features) = tensors["qweight"].shape, tensors["scales"].shape
+        layers.append(
+            Layer(
+                name=name,
+                out_features=out_features,
+                in_features=in_features,
+                bits=quantization.get("bits", PACKED_BITS[0]),
+                group_size=in_features // groups,
+                krot=tensors["pairs"].shape[0],
+                bytes=sum(tensor.nbytes for tensor in tensors.values()),
+                relative_error=errors.get(name),
+            )
+        )
+    in_layers = sum(layer.bytes for layer in layers)
+    return Summary(tuple(layers), in_layers, sum(tensor.nbytes for tensor in shards.tensors.values()) - in_layers)
+
+
+def _stored_errors(folder: Path) -> dict[str, float]:
+    report = folder / REPORT_FILE
+    if not report.is_file():
+        return {}
+    from parofx.checkpoint import files
+
+    return {linear["name"]: linear["relative_error"] for linear in files.read_json(report).get("linears", ())}

@@ -1,0 +1,87 @@
+"""`parofx quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from parofx.cli.common import Device, Dtype, Offline, Revision, Source, TrustRemoteCode, console, errors_console, load
+from parofx.cli.options import build_config, config_options
+from parofx.errors import CheckpointError
+
+#: What `inspect` reads the layers' errors from.
+REPORT_FILE = "parofx_report.json"
+
+
+@config_options
+def quantize(
+    model: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint.", show_default=False)],
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Text to fit on: a .txt, .jsonl or .parquet file, a folder, a dataset (wikitext:wikitext-2-raw-v1), "
+            "or 'self' for text the model writes. May be given several times. Without it the weights alone are used.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with options; those given here come first.", dir_okay=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    revision: Revision = None,
+    offline: Offline = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    **options: Any,
+) -> None:
+    """Quantize a model's linear layers to 4 bit and save it as a PARO checkpoint.
+
+    \b
+    parofx quantize ./llama -o llama-paro   # data-free: from the weights alone
+    parofx quantize ./llama -o llama-paro --calibration notes.txt   # better
+    parofx quantize model.gguf -o out --calibration a.jsonl --calibration b/
+    parofx quantize org/model -o out --calibration wikitext:wikitext-2-raw-v1
+    parofx quantize ./llama -o out --group-size 64 --krot 4
+    parofx quantize ./llama -o out --modules-to-not-convert 'model.layers.0.*'
+
+    With --work-dir a killed run goes on at the block it was in, when the same command is given again.
+    """  # noqa: D301
+    chosen = build_config(config, options)
+    # Said before the work, not after it.
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists and is not empty: choose another folder, or pass --overwrite")
+    loaded = load(
+        model, revision=revision, offline=offline, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    import parofx
+
+    report = parofx.quantize(
+        loaded.model, chosen, calibration=_calibration(calibration), tokenizer=loaded.tokenizer, progress=True
+    )
+    with errors_console.status(f"saving to {output} …"):
+        parofx.save_pretrained(loaded.model, output, tokenizer=loaded.tokenizer, overwrite=overwrite)
+        report.save(output / REPORT_FILE)
+    console.print(report)
+    if report.kept_float:
+        table = Table("kept float", "reason", "layers", box=None, header_style="bold")
+        for reason, count in report.reasons().items():
+            names = [linear.name for linear in report.kept_float if linear.reason is reason]
+            table.add_row(names[0] + (", …" if count > 1 else ""), str(reason), str(count))
+        console.print(table)
+    console.print(f"saved to {output}; look at it with: parofx inspect {output}", highlight=False)
+
+
+def _calibration(sources: list[str] | None) -> Any:
+    """Return the `calibration` argument: a single source by its name, several as documents of each in turn."""
+    if not sources:
+        return None
+    if len(sources) == 1:
+        return sources[0]
+    from parofx.calibration.sources import interleave, load_texts
+
+    return interleave(load_texts(source) for source in sources)

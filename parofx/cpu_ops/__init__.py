@@ -1,0 +1,149 @@
+"""The CPU provider: scale, rotate, int4 product and bias of linears that read one tensor, in one operator call.
+
+Importing this module is cheap; the kernels are compiled at the first `load()` or `is_available()` and then cached.
+The operator, registered by the loaded library, is
+
+    torch.ops.parofx_cpu.rotate_int4_linear(
+        Tensor x, Tensor[] rotations, Tensor[] weights, Tensor[] scales, Tensor[] zeros, Tensor?[] biases,
+        int group_size, int activation_mode) -> Tensor[]
+
+with `x (..., K)` in fp32, bf16 or fp16 and any strides; one output `(..., N_i)` per linear, contiguous, of x's dtype;
+`rotations` one for all linears or one for each, an empty tensor meaning none; `weights`, `scales`, `zeros` and
+`rotations` as `pack_weight` and `pack_rotation` return them; `activation_mode` 0 to multiply the activations as they
+are and 1 to quantize them to int8 per (row, group) after the rotation. It has no gradient: that is the business of
+`parofx::rotate_int4_linear`.
+
+Environment: `CXX`, `PAROFX_CACHE`, and `PAROFX_CPU_ISA` = scalar | avx2 | avx512 | avx512_bf16 | amx, read at loading.
+"""
+
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parofx.cpu_ops.build import BuildFailedError, BuildUnavailableError, build_library, cache_dir, find_compiler
+from parofx.cpu_ops.layout import pack_codes, pack_rotation, pack_weight, unpack_weight
+
+__all__ = [
+    "BuildFailedError",
+    "BuildUnavailableError",
+    "active_isa",
+    "describe",
+    "is_available",
+    "load",
+    "pack_codes",
+    "pack_rotation",
+    "pack_weight",
+    "unpack_weight",
+    "why_unavailable",
+]
+
+_lock = threading.Lock()
+_library: Path | None = None
+_failure: Exception | None = None
+_warned = False
+
+
+def load() -> None:
+    """Build the kernels if need be and register their operators; later calls return at once.
+
+    Raises:
+        BuildUnavailableError: without a compiler, or on an unsupported platform.
+        BuildFailedError: if the compiler fails; the message holds its output.
+        RuntimeError: if the library does not load, or `PAROFX_CPU_ISA` names what this machine lacks.
+    """
+    global _library, _failure
+    with _lock:
+        if _library is not None:
+            return
+        if _failure is not None:
+            raise _failure
+        try:
+            path = build_library()
+            _register(path)
+        except Exception as error:
+            _failure = error
+            raise
+        _library = path
+
+
+def is_available() -> bool:
+    """Return whether the kernels are ready, building them at the first call.
+
+    Warns once if they cannot be built here.
+
+    Raises:
+        BuildFailedError: if there is a compiler and it fails.
+        RuntimeError: if the library does not load, or `PAROFX_CPU_ISA` names what this machine lacks.
+    """
+    global _warned
+    try:
+        load()
+    except BuildUnavailableError as error:
+        with _lock:
+            first, _warned = not _warned, True
+        if first:
+            warnings.warn(f"parofx runs without its CPU kernels: {error}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+def why_unavailable() -> str | None:
+    """Return why the kernels cannot be used, or None if they can; never warns or raises."""
+    try:
+        load()
+    except Exception as error:
+        return str(error)
+    return None
+
+
+def active_isa() -> str:
+    """Return which kernels run: "amx", "avx512_bf16", "avx512", "avx2" or "scalar".
+
+    Raises:
+        Exception: what `load` raises.
+    """
+    load()
+    return str(torch.ops.parofx_cpu.isa())
+
+
+def describe() -> dict[str, Any]:
+    """Return the provider's state for a report: compiler, cache, library, ISA, threads, and why not."""
+    reason = why_unavailable()
+    compiler = find_compiler()
+    return {
+        "available": reason is None,
+        "why_unavailable": reason,
+        "compiler": " ".join(compiler) if compiler else None,
+        "cache": str(cache_dir()),
+        "library": str(_library) if _library else None,
+        "isa": active_isa() if reason is None else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _register(path: Path) -> None:
+    if not hasattr(torch.ops.parofx_cpu, "rotate_int4_linear"):
+        try:
+            torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        except OSError as error:
+            raise RuntimeError(f"could not load {path}: {error}; delete the file to have it built anew") from error
+        torch.library.register_fake("parofx_cpu::rotate_int4_linear", _fake_rotate_int4_linear)
+    # Fails here, and not in a model, if PAROFX_CPU_ISA asks for too much.
+    torch.ops.parofx_cpu.isa()
+
+
+def _fake_rotate_int4_linear(
+    x: Tensor,
+    rotations: list[Tensor],
+    weights: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    biases: list[Tensor | None],
+    group_size: int,
+    activation_mode: int,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]

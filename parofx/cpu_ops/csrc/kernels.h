@@ -1,0 +1,104 @@
+// What an instruction set provides: three functions on one piece of a linear, and which activation format it wants.
+// Every function is single-threaded, allocates nothing and throws nothing; linear.cpp splits the work.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace parofx {
+
+enum class DType { f32, bf16, f16 };
+
+// How a rotated activation waits for the product. One (row, group) is a run of 32-bit words, ordered so that word s
+// of a chunk of 8 channels meets the weight codes that the same kernel decodes in step s:
+//   f32   8 words a chunk, word j = channel j
+//   bf16  4 words a chunk, word j = channels (j, j+4)
+//   bf16x2, bf16x3   as bf16, but two or three runs, whose sum is the activation
+//   int8  2 words a chunk, word j = channels (j, j+2, j+4, j+6), symmetric, one scale per (row, group)
+enum class Format { f32, bf16, bf16x2, bf16x3, int8 };
+
+constexpr int planes_of(Format format) { return format == Format::bf16x2 ? 2 : format == Format::bf16x3 ? 3 : 1; }
+
+constexpr int words_per_chunk(Format format) {
+  return format == Format::f32 ? 8 : format == Format::int8 ? 2 : 4 * planes_of(format);
+}
+
+// Kernels may read, and ignore, as many rows past the last.
+constexpr int kPaddingRows = 32;
+
+// Rotated activations of one distinct rotation: words [G][rows][g/8 · words_per_chunk], scale and sum [G][rows].
+// `sum` is the sum of the stored values, which the zero point multiplies; `scale` is 1 unless int8.
+struct Activation {
+  Format format;
+  int group_size;
+  int64_t rows;
+  int64_t groups;
+  uint32_t* words;
+  float* scale;
+  float* sum;
+
+  int64_t row_words() const { return group_size / kChunk * words_per_chunk(format); }
+  int64_t row_index(int64_t group, int64_t row) const { return group * rows + row; }
+  uint32_t* row(int64_t group, int64_t row) const { return words + row_index(group, row) * row_words(); }
+};
+
+struct PrepareJob {
+  const void* x; // (rows, K), unit stride along K
+  int64_t row_stride;
+  DType dtype;
+  const uint8_t* rotation; // null: neither scales nor rotation
+  int rounds;
+  Activation out;
+};
+
+// One full-width block of one linear. Narrow last blocks are copied to full width by the caller.
+struct Block {
+  const uint8_t* weight;
+  const uint16_t* scales;
+  const uint8_t* zeros;
+};
+
+struct MultiplyJob {
+  const Activation* activation;
+  Block block;
+  int64_t row_begin;
+  int64_t row_count;
+  float* tile;        // out: (row_count, 32), row_begin's row first
+  uint32_t* unpacked; // workspace of 32 · g words
+};
+
+struct StoreJob {
+  const float* tile; // (rows, 32)
+  int64_t rows;
+  int columns;       // 1..32
+  const float* bias; // 32 floats
+  DType dtype;
+  void* y; // first element of the block's first row
+  int64_t row_stride;
+};
+
+struct Kernels {
+  const char* isa;
+  int row_tile; // rows that one call of `prepare` handles best
+  // The format for activations of `dtype`; dynamic_int8 asks for int8.
+  Format (*format)(DType dtype, bool dynamic_int8, int64_t rows);
+  void (*prepare)(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end);
+  void (*multiply)(const MultiplyJob& job);
+  void (*store)(const StoreJob& job);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(PAROFX_X86)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAmxKernels;
+bool enable_amx(); // asks the operating system for the tile registers
+#endif
+
+// The fastest kernels this machine runs, or those that PAROFX_CPU_ISA names. Throws std::runtime_error for a name
+// that is unknown or that this machine lacks.
+const Kernels& active_kernels();
+
+} // namespace parofx

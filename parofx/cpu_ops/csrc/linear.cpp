@@ -1,0 +1,210 @@
+// Splits one call over threads: first rotate and convert every (rotation, group, rows) once, then, behind a barrier,
+// multiply every (rows, linear, block of 32 columns).
+#include "linear.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "numeric.h"
+
+namespace parofx {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+// Rows that share one unpacked block: their fp32 outputs (32 KiB) stay in the L1 cache beside it.
+constexpr int64_t kRowPanel = 256;
+// Fewer rows than this are not worth decoding a block for.
+constexpr int64_t kSmallestPanel = 24;
+// Multiply-adds that are worth one more thread (about 2 µs of work).
+constexpr int64_t kWorkPerThread = 1 << 17;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Hands out aligned pieces of one allocation; run it once with no memory to learn the size.
+class Carver {
+ public:
+  explicit Carver(uint8_t* base) : base_(base) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), kAlignment) * kAlignment;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  int64_t used_ = 0;
+};
+
+struct FreeDeleter {
+  void operator()(uint8_t* data) const { std::free(data); }
+};
+
+// What one thread needs to itself.
+struct Workspace {
+  float* tile;
+  uint32_t* unpacked;
+  float* bias;
+  // The narrow last block of a linear, widened to 32 columns.
+  uint8_t* weight;
+  uint16_t* scales;
+  uint8_t* zeros;
+};
+
+class Run {
+ public:
+  Run(const LinearCall& call, int threads) : call_(call), kernels_(active_kernels()), groups_(call.in_features / call.group_size) {
+    for (const Linear& linear : call.linears) {
+      first_block_.push_back(blocks_);
+      blocks_ += ceil_div(linear.out_features, kBlockColumns);
+      widest_tail_ = widest_tail_ || linear.out_features % kBlockColumns != 0;
+    }
+    threads_ = choose_threads(threads);
+    row_panels_ = std::max<int64_t>(1, choose_row_panels());
+    Carver measure(nullptr);
+    carve(measure);
+    memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, std::max(measure.used(), kAlignment))));
+    if (!memory_) throw std::bad_alloc();
+    Carver carver(memory_.get());
+    carve(carver);
+  }
+
+  void operator()() {
+#pragma omp parallel num_threads(threads_)
+    {
+      const int thread = omp_get_thread_num();
+      const int count = omp_get_num_threads();
+      prepare_share(thread, count);
+#pragma omp barrier
+      multiply_share(thread, count, workspaces_[thread]);
+    }
+  }
+
+ private:
+  int choose_threads(int threads) const {
+    const int64_t work = call_.rows * call_.in_features * blocks_ * kBlockColumns;
+    return static_cast<int>(std::clamp<int64_t>(work / kWorkPerThread, 1, threads));
+  }
+
+  // Equal panels; more of them where there are too few blocks to occupy every thread.
+  int64_t choose_row_panels() const {
+    const int64_t wanted = ceil_div(4 * threads_, blocks_);
+    return std::max(ceil_div(call_.rows, kRowPanel), std::min(wanted, call_.rows / kSmallestPanel));
+  }
+
+  void carve(Carver& carver) {
+    const Format format = kernels_.format(call_.dtype, call_.dynamic_int8, call_.rows);
+    activations_.clear();
+    for (size_t i = 0; i < call_.rotations.size(); ++i) {
+      Activation activation{format, call_.group_size, call_.rows, groups_, nullptr, nullptr, nullptr};
+      const int64_t count = groups_ * call_.rows;
+      activation.words = carver.take<uint32_t>((count + kPaddingRows) * activation.row_words());
+      activation.scale = carver.take<float>(count);
+      activation.sum = carver.take<float>(count);
+      activations_.push_back(activation);
+    }
+    workspaces_.clear();
+    const int64_t tail = widest_tail_ ? kBlockColumns * groups_ : 0;
+    for (int i = 0; i < threads_; ++i) {
+      Workspace space{};
+      space.tile = carver.take<float>(ceil_div(call_.rows, row_panels_) * kBlockColumns);
+      space.unpacked = carver.take<uint32_t>(int64_t{kBlockColumns} * call_.group_size);
+      space.bias = carver.take<float>(kBlockColumns);
+      space.weight = carver.take<uint8_t>(tail * call_.group_size / 2);
+      space.scales = carver.take<uint16_t>(tail);
+      space.zeros = carver.take<uint8_t>(tail);
+      workspaces_.push_back(space);
+    }
+  }
+
+  void prepare_share(int thread, int count) const {
+    const int64_t row_tiles = ceil_div(call_.rows, kernels_.row_tile);
+    const int64_t per_rotation = groups_ * row_tiles;
+    const int64_t units = per_rotation * static_cast<int64_t>(call_.rotations.size());
+    for (int64_t unit = units * thread / count; unit < units * (thread + 1) / count; ++unit) {
+      const int64_t which = unit / per_rotation;
+      const int64_t group = unit % per_rotation / row_tiles;
+      const int64_t row = unit % row_tiles * kernels_.row_tile;
+      const Rotation& rotation = call_.rotations[which];
+      const PrepareJob job{call_.x, call_.row_stride, call_.dtype, rotation.data, rotation.rounds, activations_[which]};
+      kernels_.prepare(job, group, row, std::min(row + kernels_.row_tile, call_.rows));
+    }
+  }
+
+  void multiply_share(int thread, int count, const Workspace& space) const {
+    const int64_t units = row_panels_ * blocks_;
+    for (int64_t unit = units * thread / count; unit < units * (thread + 1) / count; ++unit) {
+      const int64_t block = unit % blocks_;
+      const auto after = std::upper_bound(first_block_.begin(), first_block_.end(), block);
+      const auto which = after - first_block_.begin() - 1;
+      multiply_block(call_.linears[which], block - first_block_[which], unit / blocks_, space);
+    }
+  }
+
+  void multiply_block(const Linear& linear, int64_t block, int64_t panel, const Workspace& space) const {
+    const int64_t row = call_.rows * panel / row_panels_;
+    const int64_t rows = call_.rows * (panel + 1) / row_panels_ - row;
+    const int64_t column = block * kBlockColumns;
+    const int columns = static_cast<int>(std::min<int64_t>(kBlockColumns, linear.out_features - column));
+    Block packed{
+        linear.weight + column * call_.in_features / 2,
+        linear.scales + column * groups_,
+        linear.zeros + column * groups_,
+    };
+    if (columns < kBlockColumns) packed = widen(packed, columns, space);
+    kernels_.multiply({&activations_[linear.rotation], packed, row, rows, space.tile, space.unpacked});
+
+    for (int n = 0; n < kBlockColumns; ++n) {
+      space.bias[n] = linear.bias && n < columns ? load_float(linear.bias_dtype, linear.bias, column + n) : 0.0f;
+    }
+    const int64_t element = call_.dtype == DType::f32 ? 4 : 2;
+    auto* y = static_cast<uint8_t*>(linear.y) + (row * linear.out_features + column) * element;
+    kernels_.store({space.tile, rows, columns, space.bias, call_.dtype, y, linear.out_features});
+  }
+
+  // Copies a narrow block to full width; the added columns have scale 0.
+  Block widen(const Block& narrow, int columns, const Workspace& space) const {
+    const int64_t word_rows = call_.in_features / kChunk;
+    widen_rows(narrow.weight, space.weight, word_rows, columns * sizeof(uint32_t), kBlockColumns * sizeof(uint32_t));
+    widen_rows(narrow.scales, space.scales, groups_, columns * sizeof(uint16_t), kBlockColumns * sizeof(uint16_t));
+    widen_rows(narrow.zeros, space.zeros, groups_, columns, kBlockColumns);
+    return {space.weight, space.scales, space.zeros};
+  }
+
+  static void widen_rows(const void* from, void* to, int64_t rows, size_t from_bytes, size_t to_bytes) {
+    for (int64_t row = 0; row < rows; ++row) {
+      auto* out = static_cast<uint8_t*>(to) + row * to_bytes;
+      std::memcpy(out, static_cast<const uint8_t*>(from) + row * from_bytes, from_bytes);
+      std::memset(out + from_bytes, 0, to_bytes - from_bytes);
+    }
+  }
+
+  const LinearCall& call_;
+  const Kernels& kernels_;
+  const int64_t groups_;
+  int64_t blocks_ = 0;
+  std::vector<int64_t> first_block_;
+  bool widest_tail_ = false;
+  int threads_ = 1;
+  int64_t row_panels_ = 1;
+  std::unique_ptr<uint8_t, FreeDeleter> memory_;
+  std::vector<Activation> activations_;
+  std::vector<Workspace> workspaces_;
+};
+
+} // namespace
+
+void run_linears(const LinearCall& call, int threads) {
+  if (call.rows == 0) return;
+  Run run(call, threads);
+  run();
+}
+
+} // namespace parofx

@@ -1,0 +1,202 @@
+// parofx_cpu::rotate_int4_linear and parofx_cpu::isa on torch's stable ABI: checks, outputs, and one call.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <omp.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "linear.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr const char* kName = "parofx_cpu::rotate_int4_linear";
+constexpr const char* kPack = "pack it with parofx.cpu_ops.pack_weight";
+
+parofx::DType float_dtype(const Tensor& tensor, const char* what) {
+  const ScalarType dtype = tensor.scalar_type();
+  if (dtype == ScalarType::Float) return parofx::DType::f32;
+  if (dtype == ScalarType::BFloat16) return parofx::DType::bf16;
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Half, kName, ": ", what, " must be float32, bfloat16 or float16, got ",
+      torch::headeronly::toString(dtype), "; convert it first");
+  return parofx::DType::f16;
+}
+
+// A contiguous CPU tensor of `dtype`, as every kernel-layout argument must be.
+void check_packed(const Tensor& tensor, ScalarType dtype, const char* what, size_t index) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous(), kName, ": ", what, "[", index,
+      "] must be a contiguous CPU tensor of ", torch::headeronly::toString(dtype), ", got ",
+      torch::headeronly::toString(tensor.scalar_type()), tensor.is_contiguous() ? "" : " with strides", "; ", kPack);
+}
+
+void check_shape(const Tensor& tensor, int64_t rows, int64_t columns, const char* what, size_t index) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, kName, ": ", what, "[", index,
+      "] must have shape (", rows, ", ", columns, "), got ", tensor.numel(), " elements in ", tensor.dim(),
+      " dimensions; ", kPack);
+}
+
+// The stride between rows of x seen as (rows, K), or -1 when its leading dimensions do not collapse to one.
+int64_t collapsed_row_stride(const Tensor& x) {
+  const auto sizes = x.sizes();
+  const auto strides = x.strides();
+  const size_t last = sizes.size() - 1;
+  if (strides[last] != 1 && sizes[last] != 1) return -1;
+  int64_t row_stride = 0;
+  int64_t expected = -1;
+  for (size_t i = last; i-- > 0;) {
+    if (sizes[i] == 1) continue;
+    if (expected == -1) {
+      row_stride = strides[i];
+    } else if (strides[i] != expected) {
+      return -1;
+    }
+    expected = strides[i] * sizes[i];
+  }
+  return row_stride;
+}
+
+parofx::Rotation read_rotation(const Tensor& blob, int64_t in_features, size_t index) {
+  check_packed(blob, ScalarType::Byte, "rotations", index);
+  const int64_t bytes = blob.numel();
+  if (bytes == 0) return {nullptr, 0};
+  // 4 bytes a channel of scales; with rounds, 5 a channel and round and 1 for the last permutation.
+  const int64_t per_channel = bytes / in_features;
+  const bool whole = bytes % in_features == 0 && (per_channel == 4 || (per_channel >= 10 && per_channel % 5 == 0));
+  STD_TORCH_CHECK(
+      whole, kName, ": rotations[", index, "] has ", bytes, " bytes, which is no rotation of ", in_features,
+      " channels; pack it with parofx.cpu_ops.pack_rotation");
+  const void* data = blob.data_ptr();
+  STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(data) % alignof(float) == 0, kName, ": rotations[", index,
+      "] must start at a multiple of 4 bytes; clone() it");
+  return {static_cast<const uint8_t*>(data), per_channel == 4 ? 0 : static_cast<int>(per_channel / 5 - 1)};
+}
+
+parofx::Linear read_linear(
+    const Tensor& weight, const Tensor& scales, const Tensor& zeros, const std::optional<Tensor>& bias,
+    int64_t in_features, int64_t groups, size_t index) {
+  check_packed(weight, ScalarType::Byte, "weights", index);
+  check_packed(scales, ScalarType::Half, "scales", index);
+  check_packed(zeros, ScalarType::Byte, "zeros", index);
+  const int64_t out_features = weight.dim() == 2 ? weight.size(0) : -1;
+  check_shape(weight, out_features, in_features / 2, "weights", index);
+  check_shape(scales, out_features, groups, "scales", index);
+  check_shape(zeros, out_features, groups, "zeros", index);
+  parofx::Linear linear{};
+  linear.weight = static_cast<const uint8_t*>(weight.data_ptr());
+  linear.scales = static_cast<const uint16_t*>(scales.data_ptr());
+  linear.zeros = static_cast<const uint8_t*>(zeros.data_ptr());
+  linear.out_features = out_features;
+  if (bias) {
+    linear.bias_dtype = float_dtype(*bias, "bias");
+    STD_TORCH_CHECK(
+        bias->is_cpu() && bias->is_contiguous() && bias->dim() == 1 && bias->size(0) == out_features, kName,
+        ": biases[", index, "] must be a contiguous CPU tensor of ", out_features, " elements, got ", bias->numel());
+    linear.bias = bias->data_ptr();
+  }
+  return linear;
+}
+
+// A new contiguous tensor of x's dtype. Calls the C shim itself: `new_empty` goes through the dispatcher, which costs
+// as much as all the rest of this function.
+Tensor empty_like_x(const Tensor& x, const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(shape[i], 1);
+  }
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+int thread_count() {
+  if (omp_in_parallel()) return 1;
+  return static_cast<int>(torch::stable::get_num_threads());
+}
+
+std::vector<Tensor> rotate_int4_linear(
+    Tensor x, std::vector<Tensor> rotations, std::vector<Tensor> weights, std::vector<Tensor> scales,
+    std::vector<Tensor> zeros, std::vector<std::optional<Tensor>> biases, int64_t group_size,
+    int64_t activation_mode) {
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, kName, ": x must be a CPU tensor of shape (..., K)");
+  STD_TORCH_CHECK(
+      count > 0 && scales.size() == count && zeros.size() == count && biases.size() == count &&
+          (rotations.size() == 1 || rotations.size() == count),
+      kName, ": weights, scales, zeros and biases must have one entry per linear and rotations one, or one per linear; "
+      "got ", count, ", ", scales.size(), ", ", zeros.size(), ", ", biases.size(), " and ", rotations.size());
+  STD_TORCH_CHECK(
+      group_size == 32 || group_size == 64 || group_size == 128, kName, ": group_size must be 32, 64 or 128, got ",
+      group_size, "; use the operator parofx::rotate_int4_linear");
+  STD_TORCH_CHECK(
+      activation_mode == 0 || activation_mode == 1, kName,
+      ": activation_mode must be 0 (as x) or 1 (dynamic int8), got ", activation_mode);
+
+  parofx::LinearCall call{};
+  call.in_features = x.size(-1);
+  STD_TORCH_CHECK(
+      call.in_features > 0 && call.in_features % group_size == 0, kName,
+      ": group_size must divide in_features: got ", group_size, " and ", call.in_features);
+  call.dtype = float_dtype(x, "x");
+  call.group_size = static_cast<int>(group_size);
+  call.dynamic_int8 = activation_mode == 1;
+  call.rows = x.numel() / call.in_features;
+  call.row_stride = collapsed_row_stride(x);
+  if (call.row_stride < 0) {
+    x = torch::stable::contiguous(x);
+    call.row_stride = call.in_features;
+  }
+  call.x = x.data_ptr();
+
+  call.rotations.reserve(rotations.size());
+  for (size_t i = 0; i < rotations.size(); ++i) {
+    call.rotations.push_back(read_rotation(rotations[i], call.in_features, i));
+  }
+  std::vector<Tensor> outputs;
+  outputs.reserve(count);
+  call.linears.reserve(count);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  for (size_t i = 0; i < count; ++i) {
+    parofx::Linear linear =
+        read_linear(weights[i], scales[i], zeros[i], biases[i], call.in_features, call.in_features / group_size, i);
+    shape.back() = linear.out_features;
+    outputs.push_back(empty_like_x(x, shape));
+    linear.y = outputs.back().data_ptr();
+    linear.rotation = rotations.size() == 1 ? 0 : static_cast<int>(i);
+    call.linears.push_back(linear);
+  }
+  parofx::run_linears(call, thread_count());
+  return outputs;
+}
+
+std::string isa() { return parofx::active_kernels().isa; }
+
+} // namespace
+
+STABLE_TORCH_LIBRARY(parofx_cpu, library) {
+  library.def(
+      "rotate_int4_linear(Tensor x, Tensor[] rotations, Tensor[] weights, Tensor[] scales, Tensor[] zeros, "
+      "Tensor?[] biases, int group_size, int activation_mode) -> Tensor[]");
+  library.def("isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(parofx_cpu, CPU, library) {
+  library.impl("rotate_int4_linear", TORCH_BOX(&rotate_int4_linear));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(parofx_cpu, CompositeExplicitAutograd, library) { library.impl("isa", TORCH_BOX(&isa)); }

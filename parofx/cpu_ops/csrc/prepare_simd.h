@@ -1,0 +1,155 @@
+// Scale, rotate and convert one group of up to `Simd::kLanes` rows, all within the L1 cache.
+//
+// Few rows: `RotateRow` rotates one row, its lanes being channels. Many rows: the lanes are rows, so a pair is two
+// vectors and no lane ever moves; two transpositions pay for that from about a quarter of the lanes on.
+#pragma once
+
+#include "numeric.h"
+
+namespace parofx {
+namespace {
+
+template <class Simd, DType dtype>
+void load_row(const void* x, int64_t offset, const float* channel_scales, int group_size, float* row) {
+  for (int k = 0; k < group_size; k += Simd::kLanes) {
+    auto v = Simd::template load_as<dtype>(x, offset + k);
+    if (channel_scales) v = Simd::mul(v, Simd::load(channel_scales + k));
+    Simd::store(row + k, v);
+  }
+}
+
+template <class Simd>
+void load_rows(const PrepareJob& job, int64_t offset, const float* channel_scales, int rows, float* out) {
+  const int group_size = job.out.group_size;
+  const auto load = job.dtype == DType::f32 ? load_row<Simd, DType::f32>
+      : job.dtype == DType::bf16            ? load_row<Simd, DType::bf16>
+                                            : load_row<Simd, DType::f16>;
+  for (int row = 0; row < rows; ++row) {
+    load(job.x, offset + row * job.row_stride, channel_scales, group_size, out + row * group_size);
+  }
+}
+
+// Rotates kLanes rows of `group_size` floats in place.
+template <class Simd>
+void rotate_lanes(float* rows, const GroupRotation& rotation) {
+  constexpr int lanes = Simd::kLanes;
+  const int group_size = rotation.layout.group_size;
+  const int half = group_size / 2;
+  alignas(64) float buffers[2][kMaxGroupSize * lanes]; // [channel][row]
+  float* now = buffers[0];
+  float* next = buffers[1];
+  for (int k = 0; k < group_size; k += lanes) {
+    typename Simd::Float square[lanes];
+    for (int i = 0; i < lanes; ++i) square[i] = Simd::load(rows + i * group_size + k);
+    Simd::transpose(square);
+    for (int i = 0; i < lanes; ++i) Simd::store(now + (k + i) * lanes, square[i]);
+  }
+  for (int round = 0; round < rotation.layout.rounds; ++round) {
+    const uint8_t* source = rotation.source(round);
+    const float* cosines = rotation.cosines(round);
+    const float* sines = rotation.sines(round);
+    for (int t = 0; t < half; ++t) {
+      const auto first = Simd::load(now + source[t] * lanes);
+      const auto second = Simd::load(now + source[half + t] * lanes);
+      const auto c = Simd::broadcast(cosines[t]);
+      const auto s = Simd::broadcast(sines[t]);
+      Simd::store(next + t * lanes, Simd::fmadd(c, first, Simd::mul(s, second)));
+      Simd::store(next + (half + t) * lanes, Simd::fmsub(c, second, Simd::mul(s, first)));
+    }
+    float* const swap = now;
+    now = next;
+    next = swap;
+  }
+  const uint8_t* source = rotation.source(rotation.layout.rounds);
+  for (int k = 0; k < group_size; k += lanes) {
+    typename Simd::Float square[lanes];
+    for (int i = 0; i < lanes; ++i) square[i] = Simd::load(now + source[k + i] * lanes);
+    Simd::transpose(square);
+    for (int i = 0; i < lanes; ++i) Simd::store(rows + i * group_size + k, square[i]);
+  }
+}
+
+template <class Simd>
+void finish_f32(const float* row, int group_size, uint32_t* words, float* scale, float* sum) {
+  auto total = Simd::zero();
+  for (int k = 0; k < group_size; k += Simd::kLanes) {
+    const auto v = Simd::load(row + k);
+    total = Simd::add(total, v);
+    Simd::store_int(words + k, Simd::bits(v));
+  }
+  *scale = 1.0f;
+  *sum = Simd::sum(total);
+}
+
+template <class Simd>
+void finish_int8(const float* row, int group_size, uint32_t* words, float* scale, float* sum) {
+  auto largest = Simd::zero();
+  auto magnitude = Simd::zero(); // not finite when any value is not, which must reach the output
+  for (int k = 0; k < group_size; k += Simd::kLanes) {
+    const auto v = Simd::abs(Simd::load(row + k));
+    largest = Simd::max(largest, v);
+    magnitude = Simd::add(magnitude, v);
+  }
+  const float peak = Simd::maximum(largest);
+  const auto inverse = Simd::broadcast(peak > 0.0f ? 127.0f / peak : 0.0f);
+  auto total = Simd::zero_int();
+  for (int k = 0; k < group_size; k += Simd::kLanes) {
+    const auto codes = Simd::round(Simd::mul(Simd::load(row + k), inverse));
+    total = Simd::add_int(total, codes);
+    Simd::store_int8(words + k / kChunk * words_per_chunk(Format::int8), codes);
+  }
+  *scale = peak / 127.0f + Simd::sum(magnitude) * 0.0f;
+  *sum = static_cast<float>(Simd::sum_int(total));
+}
+
+// `Isa` names the vectors, rotates one row, and knows how to finish each format.
+template <class Isa>
+void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end) {
+  using Simd = typename Isa::Simd;
+  constexpr int lanes = Simd::kLanes;
+  const int group_size = job.out.group_size;
+  const int rows = static_cast<int>(row_end - row_begin);
+  const RotationLayout layout{group_size, job.rounds};
+  const GroupRotation rotation{job.rotation ? job.rotation + group * layout.group_bytes() : nullptr, layout};
+
+  alignas(64) float v[lanes * kMaxGroupSize]; // [row][channel]
+  const float* channel_scales = job.rotation ? rotation.channel_scales() : nullptr;
+  load_rows<Simd>(job, row_begin * job.row_stride + group * group_size, channel_scales, rows, v);
+  if (job.rounds > 0 && rows > Isa::kRowsOneByOne) {
+    std::memset(v + rows * group_size, 0, sizeof(float) * (lanes - rows) * group_size);
+    rotate_lanes<Simd>(v, rotation);
+  } else if (job.rounds > 0) {
+    for (int row = 0; row < rows; ++row) Isa::rotate_row(v + row * group_size, rotation);
+  }
+  const auto finish = Isa::finish(job.out.format);
+  for (int row = 0; row < rows; ++row) {
+    const int64_t index = job.out.row_index(group, row_begin + row);
+    finish(v + row * group_size, group_size, job.out.row(group, row_begin + row), job.out.scale + index,
+        job.out.sum + index);
+  }
+}
+
+template <class Simd, DType dtype>
+void store_rows(const StoreJob& job) {
+  constexpr int64_t element = dtype == DType::f32 ? 4 : 2;
+  for (int64_t row = 0; row < job.rows; ++row) {
+    auto* y = static_cast<uint8_t*>(job.y) + row * job.row_stride * element;
+    alignas(64) uint8_t narrow[kBlockColumns * sizeof(float)];
+    void* out = job.columns == kBlockColumns ? static_cast<void*>(y) : narrow;
+    for (int n = 0; n < kBlockColumns; n += Simd::kLanes) {
+      const auto v = Simd::add(Simd::load(job.tile + row * kBlockColumns + n), Simd::load(job.bias + n));
+      Simd::template store_as<dtype>(out, n, v);
+    }
+    if (job.columns < kBlockColumns) std::memcpy(y, narrow, job.columns * element);
+  }
+}
+
+template <class Simd>
+void store(const StoreJob& job) {
+  if (job.dtype == DType::f32) return store_rows<Simd, DType::f32>(job);
+  if (job.dtype == DType::bf16) return store_rows<Simd, DType::bf16>(job);
+  store_rows<Simd, DType::f16>(job);
+}
+
+} // namespace
+} // namespace parofx

@@ -1,0 +1,84 @@
+"""What a pass is: an object that takes a graph from one stage to the next and says what it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+
+from torch.fx import GraphModule
+
+from parofx.errors import PassError
+
+
+class Stage(StrEnum):
+    """The forms a graph goes through; each runs, prints and can be checked on its own."""
+
+    FLOAT = "FLOAT"
+    PREPARED = "PREPARED"
+    CALIBRATED = "CALIBRATED"
+    CONVERTED = "CONVERTED"
+    LOWERED = "LOWERED"
+
+
+@dataclass
+class PassReport:
+    """What one run of a pass did.
+
+    `changed` counts rewrites; `matched` names what was rewritten and `skipped` what was not, each with a reason.
+    """
+
+    name: str
+    changed: int = 0
+    matched: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options.
+
+    `run` mutates the graph in place, is idempotent, keeps `meta`, and never lints, recompiles, dumps or times: the
+    `Pipeline` does.
+    """
+
+    name: ClassVar[str]
+    consumes: ClassVar[tuple[Stage, ...]]
+    produces: ClassVar[Stage]
+
+    def run(self, gm: GraphModule) -> PassReport:
+        """Rewrite `gm` in place."""
+        ...
+
+
+_REGISTRY: dict[str, type[Pass]] = {}
+_PassType = TypeVar("_PassType", bound=type)
+
+
+def register(cls: _PassType) -> _PassType:
+    """Enter a pass class into the catalogue (`parofx passes`)."""
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def registry() -> list[type[Pass]]:
+    """Return every pass class, in the order the stages run."""
+    order = list(Stage)
+    return sorted(_REGISTRY.values(), key=lambda cls: (order.index(cls.produces), order.index(cls.consumes[0])))
+
+
+def stage_of(gm: GraphModule) -> Stage:
+    """Return the stage of a graph.
+
+    Raises:
+        PassError: if the graph carries none, that is, it did not come from `parofx.capture` or `normalize`.
+    """
+    stage = gm.meta.get("parofx_stage")
+    if stage is None:
+        raise PassError("the graph carries no stage: pass it through parofx.capture or the normalize pass first")
+    return Stage(stage)
+
+
+def set_stage(gm: GraphModule, stage: Stage) -> None:
+    """Mark a graph as being of a stage."""
+    gm.meta["parofx_stage"] = stage.value

@@ -1,0 +1,89 @@
+"""`capture`: a model as one graph of ATen operators, parameters as `get_attr` nodes (stage FLOAT)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from parofx.errors import CaptureError
+from parofx.passes.normalize import Normalize
+
+
+def capture(model: nn.Module, *example_inputs: Any, **example_kwargs: Any) -> GraphModule:
+    """Capture a model with `torch.export` and normalize the graph.
+
+    Args:
+        model: any module; it is captured in eval mode and left in the mode it was in.
+        *example_inputs: positional inputs. One mapping stands for keyword inputs, as tokenizers return them.
+        **example_kwargs: keyword inputs.
+
+    Returns:
+        A FLOAT graph that shares the model's parameters. Sizes of the inputs' dimensions are dynamic where the
+        model allows.
+
+    Raises:
+        CaptureError: if the model cannot be exported, with the exporter's reason.
+    """
+    if len(example_inputs) == 1 and isinstance(example_inputs[0], Mapping) and not example_kwargs:
+        example_kwargs, example_inputs = dict(example_inputs[0]), ()
+    example_kwargs = complete_inputs(model, example_kwargs)
+    gm = _export(model, example_inputs, example_kwargs)
+    gm.meta["parofx_inputs"] = _input_names(gm, example_inputs, example_kwargs)
+    Normalize().run(gm)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def complete_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword inputs with what a calibration forward of a Transformers model needs besides.
+
+    A cache is of no use in a single forward and would turn into graph outputs; a decoder that is given only encoder
+    tokens reads the same ones.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    completed = dict(inputs)
+    if "use_cache" in accepted:
+        completed.setdefault("use_cache", False)
+    if "decoder_input_ids" in accepted and "input_ids" in completed and "decoder_inputs_embeds" not in completed:
+        completed.setdefault("decoder_input_ids", completed["input_ids"])
+    return completed
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            try:
+                shapes = _dynamic_shapes(model, args, kwargs)
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            except Exception as dynamic_error:
+                try:
+                    program = torch.export.export(model, args, kwargs, strict=False)
+                except Exception as error:
+                    raise CaptureError(
+                        f"{type(model).__name__} could not be captured as one graph by torch.export: {error}\n"
+                        "torch.compile(model, backend='paro') captures more models; it needs no export"
+                    ) from dynamic_error
+        return program.module(check_guards=False)
+    finally:
+        model.train(training)
+
+
+def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(model.forward).parameters)
+    named = dict(zip(names, args, strict=False)) | kwargs
+    return {
+        name: dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
+        for name, value in named.items()
+    }
+
+
+def _input_names(gm: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+    return len(args), tuple(kwargs)

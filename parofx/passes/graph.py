@@ -1,0 +1,163 @@
+"""Questions every pass asks of an fx graph: which node is a parameter, a linear, part of which module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+#: The one form of a linear layer after `normalize`: `aten.linear(x, weight (N, K), bias)`.
+LINEAR = torch.ops.aten.linear.default
+#: A weight stored as `(K, N)` is read through this node.
+TRANSPOSE = torch.ops.aten.t.default
+ROTATE = torch.ops.parofx.rotate.default
+FAKE_QUANTIZE = torch.ops.parofx.fake_quantize.default
+INT4_LINEAR = torch.ops.parofx.int4_linear.default
+ROTATE_INT4_LINEAR = torch.ops.parofx.rotate_int4_linear.default
+ROTATE_INT4_SIBLINGS = torch.ops.parofx.rotate_int4_siblings.default
+#: Operators that the lowering must replace.
+SEMANTIC = frozenset({ROTATE, FAKE_QUANTIZE, INT4_LINEAR, ROTATE_INT4_LINEAR, ROTATE_INT4_SIBLINGS})
+
+_BINDING = "parofx_binding"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A graph value that is a parameter or buffer of the model: its name and the real tensor."""
+
+    fqn: str
+    tensor: Tensor
+
+    @property
+    def module(self) -> str:
+        """The name of the module that owns the tensor."""
+        return self.fqn.rpartition(".")[0]
+
+
+def bind(node: Node, fqn: str, tensor: Tensor) -> None:
+    """Note that a node stands for a parameter or buffer (Dynamo passes them as placeholders)."""
+    node.meta[_BINDING] = Binding(fqn, tensor)
+
+
+def binding(node: object) -> Binding | None:
+    """Return the parameter or buffer a node stands for, or None."""
+    if not isinstance(node, Node):
+        return None
+    known: Binding | None = node.meta.get(_BINDING)
+    if known is None and node.op == "get_attr":
+        value = get_attribute(node.graph.owning_module, str(node.target))
+        return Binding(str(node.target), value) if isinstance(value, Tensor) else None
+    return known
+
+
+def weight_binding(node: object) -> tuple[Binding, bool] | None:
+    """Return a linear's weight parameter and whether it is read transposed, or None if it is no parameter."""
+    transposed = isinstance(node, Node) and node.target is TRANSPOSE
+    bound = binding(node.args[0] if transposed and isinstance(node, Node) else node)
+    return None if bound is None else (bound, transposed)
+
+
+def get_attribute(root: nn.Module | None, path: str) -> Any:
+    """Return `root.a.b.c` for the path `"a.b.c"`."""
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def set_buffer(gm: GraphModule, path: str, tensor: Tensor) -> None:
+    """Register or replace a buffer of a graph module under a dotted path."""
+    *parents, name = path.split(".")
+    module: nn.Module = gm
+    for part in parents:
+        child = module._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            module.add_module(part, child)
+        module = child
+    if name in module._parameters:
+        del module._parameters[name]
+    module.register_buffer(name, tensor)
+
+
+def delete_attribute(gm: GraphModule, path: str) -> None:
+    """Drop a parameter or buffer of a graph module, if it is there."""
+    parent, _, name = path.rpartition(".")
+    module = get_attribute(gm, parent) if parent else gm
+    module._parameters.pop(name, None)
+    module._buffers.pop(name, None)
+
+
+def buffer_node(gm: GraphModule, path: str, tensor: Tensor) -> Node:
+    """Register a buffer and return a `get_attr` node for it at the graph's insertion point."""
+    set_buffer(gm, path, tensor)
+    node = gm.graph.get_attr(path)
+    node.meta["val"] = tensor
+    return node
+
+
+def nodes_calling(graph: Graph, *targets: object) -> list[Node]:
+    """Return the `call_function` nodes with one of the targets, in order."""
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
+
+
+def inherit_meta(node: Node, source: Node) -> Node:
+    """Give a new node the provenance of the one it stands for."""
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+    return node
+
+
+def module_stack(node: Node) -> list[tuple[str, str]]:
+    """Return `(path, class name)` of the modules a node was traced in, outermost first.
+
+    Export and Dynamo spell paths differently; both become `a.b.0`, with the repeat mark of a module that is called
+    again (`layer@1`) removed.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    result = []
+    for path, kind in stack.values():
+        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        result.append((plain_path(path), name))
+    return result
+
+
+def module_calls(node: Node) -> list[str]:
+    """Return the keys of the module calls a node was traced in; two calls of one module have different keys."""
+    return [f"{key}|{path}" for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items()]
+
+
+def plain_path(path: str) -> str:
+    """Return a module path or tensor source as a dotted name."""
+    path = re.sub(r"@\d+", "", path)
+    path = re.sub(r"\._(modules|parameters|buffers)\[", "[", path)
+    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    path = path.replace("._modules.", ".")
+    return re.sub(r"^(L\.\w+|L__self__|self)\.?", "", path)
+
+
+def ancestors(nodes: Iterable[Node]) -> Iterator[Node]:
+    """Yield every node that the given ones depend on, themselves excluded, each once."""
+    seen: set[Node] = set()
+    stack = [source for node in nodes for source in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack += node.all_input_nodes
+
+
+def remove_dead_code(gm: GraphModule) -> None:
+    """Erase unused pure nodes, and the tensors that nothing reads any more."""
+    gm.graph.eliminate_dead_code()
+    used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
+        if name not in used:
+            delete_attribute(gm, name)

@@ -1,0 +1,228 @@
+"""Which linears a graph holds, which of them can be quantized, and which share a transform."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import GraphModule, Node
+
+from parofx.config import FALLBACK_GROUP_SIZES, SMALLEST_GROUP_SIZE, ParoConfig
+from parofx.packing import CODES_PER_WORD
+from parofx.passes.blocks import block_of
+from parofx.passes.graph import (
+    LINEAR,
+    TRANSPOSE,
+    Binding,
+    binding,
+    module_calls,
+    module_stack,
+    nodes_calling,
+    weight_binding,
+)
+from parofx.report import FloatReason
+
+aten = torch.ops.aten
+#: What a router does between its linear and the choice of experts.
+_ROUTER_PATH = frozenset(
+    {
+        "softmax", "_softmax", "sigmoid", "to", "_to_copy", "view", "reshape", "float", "add", "mul", "div", "sub",
+        "masked_fill", "type_as",
+    }
+)  # fmt: skip
+#: Products that may take slices of a stack of matrices.
+_BATCHED_PRODUCTS = ("mm", "matmul", "linear", "einsum")
+#: What a module that is nothing but a linear may hold besides.
+_SHAPE_OPERATORS = frozenset({"view", "reshape", "_unsafe_view", "sym_size", "t", "mul", "add", "getitem", "size"})
+
+
+@dataclass
+class LinearUnit:
+    """One weight matrix and every call that reads it; tied weights are one unit."""
+
+    weight: Binding
+    transposed: bool
+    calls: list[Node] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The module that owns the weight, or the weight itself where it is no module's `weight`."""
+        module, _, attribute = self.weight.fqn.rpartition(".")
+        return module if attribute == "weight" and module else self.weight.fqn
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight.tensor.shape[0 if self.transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.tensor.shape[1 if self.transposed else 0]
+
+    @property
+    def bias(self) -> Binding | None:
+        """The bias parameter of the first call, if it has one."""
+        args = self.calls[0].args
+        return binding(args[2]) if len(args) > 2 else None
+
+
+def find_units(gm: GraphModule) -> list[LinearUnit]:
+    """Return the graph's linears with a parameter weight, in order of their first call."""
+    units: dict[tuple[int, bool], LinearUnit] = {}
+    for node in nodes_calling(gm.graph, LINEAR):
+        found = weight_binding(node.args[1])
+        if found is None:
+            continue
+        bound, transposed = found
+        unit = units.setdefault((id(bound.tensor), transposed), LinearUnit(bound, transposed))
+        unit.calls.append(node)
+    return list(units.values())
+
+
+def find_weight_stacks(gm: GraphModule) -> list[str]:
+    """Return the names of parameters with three or more dimensions that matrix products read slices of."""
+    names: dict[str, None] = {}
+    for node in gm.graph.nodes:
+        bound = binding(node)
+        if bound is None or bound.tensor.dim() < 3:
+            continue
+        pending, seen = list(node.users), {node}
+        while pending:
+            user = pending.pop()
+            if user in seen:
+                continue
+            seen.add(user)
+            name = _operator_name(user)
+            if any(product in name for product in _BATCHED_PRODUCTS):
+                names[bound.fqn] = None
+            elif name in ("transpose", "select", "index", "getitem", "permute", "t", "slice", "to", "unbind"):
+                pending += user.users
+    return list(names)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Decides which units stay float; pure, so that its answer can be asked before anything changes.
+
+    `replace_modules` is set where the result goes back into a module tree: then a weight must belong to a module that
+    is nothing but its linear.
+    """
+
+    config: ParoConfig
+    blocks: tuple[str, ...]
+    embeddings: tuple[torch.Tensor, ...]
+    output_heads: tuple[str, ...] = ()
+    replace_modules: bool = False
+
+    def why_not(self, unit: LinearUnit) -> tuple[FloatReason, str] | None:
+        """Return why a unit stays float, apart from its K, or None."""
+        pattern = next((one for one in self.config.modules_to_not_convert if matches(unit.name, one)), None)
+        if pattern is not None:
+            return FloatReason.EXCLUDED, f"matches {pattern!r}"
+        if self._is_output_head(unit):
+            return FloatReason.OUTPUT_HEAD, ""
+        if any(_selects_experts(call) for call in unit.calls):
+            return FloatReason.ROUTER, ""
+        if unit.out_features % CODES_PER_WORD:
+            return FloatReason.OUT_FEATURES, f"{unit.out_features} out_features"
+        if self.replace_modules and not all(_is_whole_module(call, unit) for call in unit.calls):
+            return FloatReason.FUNCTIONAL, f"{unit.weight.fqn} is read outside of one linear module"
+        return None
+
+    def _is_output_head(self, unit: LinearUnit) -> bool:
+        if unit.name in self.output_heads:
+            return True
+        if any(block_of(call, self.blocks) for call in unit.calls):
+            return False
+        weight = unit.weight.tensor
+        return any(weight is table or weight.shape == table.shape for table in self.embeddings)
+
+
+def find_embeddings(gm: GraphModule) -> tuple[torch.Tensor, ...]:
+    """Return the embedding tables that the graph looks up."""
+    lookups = nodes_calling(gm.graph, aten.embedding.default, torch.nn.functional.embedding)
+    bound = [binding(argument) for node in lookups for argument in node.args[:2]]
+    return tuple(one.tensor for one in bound if one is not None and one.tensor.dim() == 2)
+
+
+def choose_group_sizes(units: Iterable[LinearUnit], config: ParoConfig) -> dict[str, int]:
+    """Return unit name → group size; units whose K no group size divides are left out.
+
+    One size serves all: the largest of `(config.group_size, 64, 32)` that divides every K which 32 divides. With
+    `mixed_group_size` each unit takes the largest that divides its own.
+    """
+    candidates = [config.group_size, *(size for size in FALLBACK_GROUP_SIZES if size < config.group_size)]
+    features = {unit.name: unit.in_features for unit in units if unit.in_features % SMALLEST_GROUP_SIZE == 0}
+    if config.mixed_group_size:
+        return {name: next(size for size in candidates if k % size == 0) for name, k in features.items()}
+    common = next(size for size in candidates if all(k % size == 0 for k in features.values()))
+    return dict.fromkeys(features, common)
+
+
+def group_siblings(units: list[LinearUnit], blocks: tuple[str, ...], *, share: bool) -> list[list[LinearUnit]]:
+    """Partition units into sets that share one transform.
+
+    Units are siblings if, in one block, a call of each reads the same tensor. Being siblings is transitive.
+    """
+    if not share:
+        return [[unit] for unit in units]
+    owner: dict[tuple[Node, str], int] = {}
+    parent = list(range(len(units)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            index = parent[index]
+        return index
+
+    for index, unit in enumerate(units):
+        for call in unit.calls:
+            source = call.args[0]
+            assert isinstance(source, Node)
+            first = owner.setdefault((source, block_of(call, blocks)), index)
+            one, other = sorted((root(first), root(index)))
+            parent[other] = one
+    groups: dict[int, list[LinearUnit]] = {}
+    for index, unit in enumerate(units):
+        groups.setdefault(root(index), []).append(unit)
+    return list(groups.values())
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Say whether a module name is meant: equal, a glob match, or a run of whole components (`"lm_head"`)."""
+    return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def _selects_experts(call: Node) -> bool:
+    pending, seen = list(call.users), set()
+    while pending:
+        user = pending.pop()
+        name = _operator_name(user)
+        if name == "topk":
+            return True
+        if name in _ROUTER_PATH and user not in seen:
+            seen.add(user)
+            pending += user.users
+    return False
+
+
+def _is_whole_module(call: Node, unit: LinearUnit) -> bool:
+    """Say whether the call's innermost module owns the weight as `weight` and does nothing else."""
+    calls = module_calls(call)
+    if not calls or unit.weight.fqn != f"{unit.name}.weight" or module_stack(call)[-1][0] != unit.name:
+        return False
+    inside = [
+        node
+        for node in call.graph.nodes
+        if node.op == "call_function" and node is not call and module_calls(node)[-1:] == calls[-1:]
+    ]
+    return all(node.target is TRANSPOSE or _operator_name(node) in _SHAPE_OPERATORS for node in inside)
+
+
+def _operator_name(node: Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name).rpartition("::")[2]
+    return target if isinstance(target, str) else getattr(target, "__name__", "")

@@ -1,0 +1,106 @@
+"""`lower`: CONVERTED → LOWERED. Semantic operators become those of a provider for the target.
+
+Each merged call is offered to the providers in order (`parofx.providers`): by device, dtype and number of rows. What is
+left over in the end is an error that names the nodes, never a warning.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from parofx import providers
+from parofx.errors import LoweringError, one_per_line
+from parofx.passes.base import PassReport, Stage, register, set_stage
+from parofx.passes.graph import ROTATE_INT4_SIBLINGS, SEMANTIC, nodes_calling, remove_dead_code
+
+
+@register
+@dataclass(frozen=True)
+class Lower:
+    """Replace semantic operators by a provider's; `provider` forces one by name."""
+
+    device: torch.device | str | None = None
+    provider: str | None = None
+
+    name: ClassVar[str] = "lower"
+    consumes: ClassVar[tuple[Stage, ...]] = (Stage.CONVERTED,)
+    produces: ClassVar[Stage] = Stage.LOWERED
+
+    def run(self, gm: GraphModule) -> PassReport:
+        """Rewrite `gm` in place."""
+        report = PassReport(self.name)
+        used: Counter[str] = Counter()
+        for node in nodes_calling(gm.graph, ROTATE_INT4_SIBLINGS):
+            call = sibling_call(gm, node, self.device)
+            provider, passed_over = self._choose(call)
+            with gm.graph.inserting_before(node):
+                outputs = provider.emit(call)
+            _replace_outputs(gm, node, outputs)
+            used[provider.name] += 1
+            report.matched.append((node.name, f"{provider.name} ({len(outputs)} linears)"))
+            report.skipped += [(node.name, f"{name}: {reason}") for name, reason in passed_over]
+            report.changed += 1
+        remove_dead_code(gm)
+        left = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in SEMANTIC]
+        if left:
+            names = one_per_line(f"{node.name}: {node.target}" for node in left)
+            raise LoweringError(f"these operators have no lowering; run merge_siblings first:\n{names}")
+        gm.meta["parofx_providers"] = dict(used)
+        set_stage(gm, Stage.LOWERED)
+        return report
+
+    def _choose(self, call: providers.SiblingCall) -> tuple[providers.Provider, list[tuple[str, str]]]:
+        if self.provider is None:
+            return providers.choose(call)
+        known = {provider.name: provider for provider in providers.providers()}
+        if self.provider not in known:
+            raise LoweringError(f"provider must be one of {sorted(known)}, got {self.provider!r}")
+        reason = known[self.provider].why_not(call)
+        if reason is not None:
+            raise LoweringError(f"provider {self.provider!r} does not serve {call.node.name}: {reason}")
+        return known[self.provider], []
+
+
+def sibling_call(gm: GraphModule, node: Node, device: torch.device | str | None) -> providers.SiblingCall:
+    """Read a merged call off the graph."""
+    x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size = node.args
+    assert isinstance(x, Node)
+    value = x.meta.get("val")
+    assert isinstance(value, Tensor), f"{x.name} has no example value"
+    present = iter(_nodes(bias))
+    rows = value.shape[:-1].numel() if all(isinstance(size, int) for size in value.shape[:-1]) else None
+    assert isinstance(group_size, int)
+    assert isinstance(has_bias, Sequence)
+    return providers.SiblingCall(
+        gm=gm,
+        node=node,
+        x=x,
+        device=torch.device(device) if device is not None else value.device,
+        dtype=value.dtype,
+        rows=rows,
+        rotations=tuple(zip(_nodes(pairs), _nodes(theta), _nodes(channel_scales), strict=True)),
+        weights=tuple(zip(_nodes(qweight), _nodes(qzeros), _nodes(scales), strict=True)),
+        biases=tuple(next(present) if has else None for has in has_bias),
+        group_size=group_size,
+    )
+
+
+def _nodes(argument: object) -> list[Node]:
+    assert isinstance(argument, Sequence)
+    return [node for node in argument if isinstance(node, Node)]
+
+
+def _replace_outputs(gm: GraphModule, node: Node, outputs: list[Node]) -> None:
+    for user in list(node.users):
+        output = outputs[int(user.args[1])]  # type: ignore[arg-type]
+        output.meta = dict(user.meta)
+        user.replace_all_uses_with(output)
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(node)

@@ -1,0 +1,36 @@
+"""Providers: who computes a merged set of int4 linears on which device, in which precision.
+
+`lower` asks them in order and takes the first that has no reason not to. Kernel packages register theirs here; the
+reference comes last and has none.
+"""
+
+from __future__ import annotations
+
+from parofx.providers.aten import AtenProvider
+from parofx.providers.base import Provider, SiblingCall
+from parofx.providers.reference import ReferenceProvider
+
+__all__ = ["Provider", "SiblingCall", "choose", "providers", "register"]
+
+_PROVIDERS: list[Provider] = [AtenProvider(), ReferenceProvider()]
+
+
+def providers() -> tuple[Provider, ...]:
+    """Return the providers in the order they are asked."""
+    return tuple(_PROVIDERS)
+
+
+def register(provider: Provider) -> None:
+    """Put a provider before all others; one of the same name is replaced."""
+    _PROVIDERS[:] = [provider, *(one for one in _PROVIDERS if one.name != provider.name)]
+
+
+def choose(call: SiblingCall) -> tuple[Provider, list[tuple[str, str]]]:
+    """Return the provider for a call, and why those before it were passed over."""
+    reasons = []
+    for provider in _PROVIDERS:
+        reason = provider.why_not(call)
+        if reason is None:
+            return provider, reasons
+        reasons.append((provider.name, reason))
+    raise AssertionError("the reference provider takes every call")

@@ -1,0 +1,68 @@
+"""The reference provider: dequantizes on every call. Right everywhere, fast nowhere."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from parofx import ops
+from parofx.providers.base import SiblingCall
+
+
+@torch.library.custom_op("parofx::reference_int4_siblings", mutates_args=())
+def reference_int4_siblings(
+    x: Tensor,
+    pairs: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    channel_scales: Sequence[Tensor],
+    qweight: Sequence[Tensor],
+    qzeros: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    group_size: int,
+) -> list[Tensor]:
+    """Compute what `rotate_int4_siblings` means, in a lowered graph."""
+    return ops.rotate_int4_siblings(  # type: ignore[no-any-return]
+        x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size
+    )
+
+
+@reference_int4_siblings.register_fake
+def _(
+    x: Tensor,
+    pairs: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    channel_scales: Sequence[Tensor],
+    qweight: Sequence[Tensor],
+    qzeros: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    group_size: int,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], scale.shape[1])) for scale in scales]
+
+
+reference_int4_siblings.register_autograd(ops.differentiate_siblings, setup_context=ops.save_siblings)
+
+
+class ReferenceProvider:
+    """Serves every device, dtype and shape."""
+
+    name = "reference"
+
+    def why_not(self, call: SiblingCall) -> str | None:
+        """Return None: the reference takes every call."""
+        return None
+
+    def emit(self, call: SiblingCall) -> list[Node]:
+        """Insert the reference operator on the checkpoint's tensors."""
+        graph = call.gm.graph
+        merged = graph.call_function(torch.ops.parofx.reference_int4_siblings.default, call.node.args)
+        merged.meta = dict(call.node.meta)
+        return [graph.call_function(operator.getitem, (merged, index)) for index in range(len(call.weights))]

@@ -1,0 +1,207 @@
+"""`parofx.quantize`: capture, fit and pack a model, and put the result back into its module tree."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from parofx import integrations
+from parofx.calibration.data import batches as read_batches
+from parofx.config import ParoConfig
+from parofx.errors import CaptureError, ConfigError
+from parofx.nn import ParoLinear
+from parofx.passes.calibrate import Calibrate, reports_of
+from parofx.passes.capture import capture, complete_inputs
+from parofx.passes.convert import Convert
+from parofx.passes.graph import INT4_LINEAR, binding, get_attribute, nodes_calling
+from parofx.passes.insert_transforms import InsertTransforms
+from parofx.pipeline import Pipeline
+from parofx.report import FloatLinear, FloatReason, LinearReport, QuantizationReport
+
+
+def quantize(
+    model: nn.Module,
+    config: ParoConfig | None = None,
+    *,
+    calibration: object = None,
+    tokenizer: Any | None = None,
+    example_inputs: object = None,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantize a model's linear layers to 4 bit, in place.
+
+    The model is captured as a graph; what becomes of each linear is decided there and not by names. Modules are
+    replaced after everything is computed: on an error or Ctrl-C the model is as before.
+
+    Args:
+        model: any module; a Transformers model also gets its quantization config, so that `save_pretrained` works.
+        config: what is quantized and how; `ParoConfig()` by default.
+        calibration: None (weights alone), a source (a file, a folder, a `datasets` id or `"self"`), an iterable of
+            strings or conversations (needs `tokenizer`), or an iterable of model inputs.
+        tokenizer: for text.
+        example_inputs: inputs to capture the model with: a tensor, a tuple or a mapping; by default the largest
+            calibration batch, or for Transformers models what their configuration describes.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        What was quantized, with which error, and what stays float and why.
+
+    Raises:
+        ConfigError: if an option is wrong, or the model is quantized already.
+        DataError: if the calibration data or a weight is not finite, empty or malformed.
+        CaptureError: if the model cannot be captured.
+    """
+    start = time.perf_counter()
+    config = config or ParoConfig()
+    if not isinstance(config, ParoConfig):
+        raise ConfigError(f"config must be a ParoConfig, got {type(config).__name__}; build it with ParoConfig(...)")
+    if any(isinstance(module, ParoLinear) for module in model.modules()):
+        raise ConfigError("the model holds ParoLinear modules already; parofx.dequantize(model) gives float ones back")
+    batches = None if calibration is None else _batches(model, config, calibration, tokenizer)
+    inputs = _example_inputs(model, example_inputs, batches)
+    gm = capture(model, *inputs) if isinstance(inputs, tuple) else capture(model, inputs)
+    pipeline = Pipeline(
+        [
+            InsertTransforms(config, output_heads=_output_heads(model), replace_modules=True),
+            Calibrate(config, batches, progress),
+            Convert(),
+        ]
+    )
+    pipeline.run(gm)
+    modules = _modules(gm)
+    names = {name: type(model.get_submodule(name)) for name in modules}
+    kept = (*gm.meta["parofx_kept_float"], *_not_reached(model, gm, set(modules), set(names.values())))
+    report = QuantizationReport(
+        config=config,
+        linears=tuple(_linear_report(gm, name, module) for name, module in modules.items()),
+        transforms=reports_of(gm),
+        kept_float=kept,
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=_peak_memory_bytes(),
+        passes=pipeline.records(),
+    )
+    _write_back(model, modules)
+    return report
+
+
+def _batches(model: nn.Module, config: ParoConfig, calibration: object, tokenizer: Any) -> list[dict[str, Any]]:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    read = read_batches(calibration, model, config.calibration, tokenizer=tokenizer)
+    return [_move(complete_inputs(model, batch.inputs), device) for batch in read]
+
+
+def _move(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _example_inputs(
+    model: nn.Module, given: object, batches: Sequence[Mapping[str, Any]] | None
+) -> tuple[Any, ...] | Mapping[str, Any]:
+    if isinstance(given, Mapping):
+        return given
+    if isinstance(given, Tensor):
+        return (given,)
+    if given is not None:
+        if not isinstance(given, Iterable):
+            raise ConfigError(f"example_inputs must be a tensor, a tuple or a mapping, got {type(given).__name__}")
+        return tuple(given)
+    if batches:
+        # The largest batch: sizes of one would be taken for constants.
+        return max(batches, key=lambda batch: sum(v.numel() for v in batch.values() if isinstance(v, Tensor)))
+    if integrations.is_transformers_model(model):
+        from parofx.models import example_inputs
+
+        return example_inputs(model)
+    raise CaptureError(
+        f"{type(model).__name__} needs example_inputs to be captured: pass quantize(model, example_inputs=(x,))"
+    )
+
+
+def _output_heads(model: nn.Module) -> tuple[str, ...]:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):
+        head = None
+    return tuple(name for name, module in model.named_modules() if module is head)
+
+
+def _modules(gm: GraphModule) -> dict[str, ParoLinear]:
+    """Return the modules a CONVERTED graph stands for, by name; siblings hold one set of rotation tensors."""
+    modules: dict[str, ParoLinear] = {}
+    for node in nodes_calling(gm.graph, INT4_LINEAR):
+        rotated, qweight, qzeros, scales, bias, _ = node.args
+        name = str(qweight.target).removesuffix(".qweight")  # type: ignore[union-attr]
+        if name in modules:
+            continue
+        sources = {
+            "qweight": qweight,
+            "qzeros": qzeros,
+            "scales": scales,
+            **dict(zip(("pairs", "theta", "channel_scales"), rotated.args[1:4], strict=True)),  # type: ignore[union-attr]
+        }
+        if bias is not None:
+            sources["bias"] = bias
+        tensors = {key: get_attribute(gm, str(source.target)) for key, source in sources.items()}  # type: ignore[union-attr]
+        modules[name] = ParoLinear.from_tensors(tensors)
+    return modules
+
+
+def _linear_report(gm: GraphModule, name: str, module: ParoLinear) -> LinearReport:
+    transform = next(one for one in reports_of(gm) if name in one.members)
+    return LinearReport(
+        name=name,
+        in_features=module.in_features,
+        out_features=module.out_features,
+        bits=4,
+        group_size=module.group_size,
+        krot=module.krot,
+        transform=transform.name,
+        block=transform.block,
+        relative_error=gm.meta["parofx_relative_errors"][name],
+        packed_bytes=module.packed_bytes(),
+    )
+
+
+def _not_reached(
+    model: nn.Module, gm: GraphModule, quantized: set[str], kinds: set[type[nn.Module]]
+) -> list[FloatLinear]:
+    """List linears of the module tree, `nn.Linear` and classes that were replaced elsewhere, that are in no graph."""
+    known = quantized | {one.name for one in gm.meta["parofx_kept_float"]}
+    in_graph = {id(bound.tensor) for node in gm.graph.nodes if (bound := binding(node)) is not None}
+    return [
+        FloatLinear(name, FloatReason.NOT_REACHED)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, *kinds)) and name not in known and id(module.weight) not in in_graph
+    ]
+
+
+def _write_back(model: nn.Module, modules: Mapping[str, ParoLinear]) -> None:
+    """Put the quantized modules in the place of the float ones, under every name these have; all or nothing."""
+    replaced = {id(model.get_submodule(name)): module for name, module in modules.items()}
+    every_name = dict(model.named_modules(remove_duplicate=False))
+    originals = {name: module for name, module in every_name.items() if id(module) in replaced}
+    try:
+        for name, original in originals.items():
+            module = replaced[id(original)].train(original.training)
+            model.set_submodule(name, module)
+        if integrations.is_transformers_model(model):
+            from parofx.integrations.transformers import mark_quantized
+
+            mark_quantized(model)
+    except BaseException:
+        for name, original in originals.items():
+            model.set_submodule(name, original)
+        raise
+
+
+def _peak_memory_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

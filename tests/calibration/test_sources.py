@@ -1,0 +1,149 @@
+"""Documents of files, folders and datasets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parofx.calibration.sources import check_document, interleave, load_texts
+from parofx.errors import DataError
+
+MESSAGES = [{"role": "user", "content": "why ?"}]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        ("one\n\nstill one\n\n\ntwo\n", ["one\n\nstill one", "two"]),
+        ("one\n \n\t\n\n\ntwo", ["one", "two"]),
+        ("one\n\nparagraph", ["one\n\nparagraph"]),
+        ("\n\n\n\n", []),
+    ],
+)
+def test_text_is_split_at_two_blank_lines(tmp_path: Path, text: str, documents: list[str]) -> None:
+    assert list(load_texts(write(tmp_path / "a.md", text))) == documents
+
+
+def test_jsonl_holds_texts_and_conversations(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "one", "id": 1}), "", json.dumps({"messages": MESSAGES})]
+    assert list(load_texts(write(tmp_path / "a.jsonl", "\n".join(lines)))) == ["one", MESSAGES]
+
+
+def test_parquet_holds_texts_and_conversations(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(
+        pa.table({"text": ["one", None], "messages": [None, MESSAGES], "id": [1, 2]}), tmp_path / "a.parquet"
+    )
+    assert list(load_texts(tmp_path / "a.parquet")) == ["one", MESSAGES]
+
+
+def test_a_folder_holds_all_its_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "b" / "second.txt", "two")
+    write(tmp_path / "a.jsonl", '{"text": "one"}')
+    write(tmp_path / "ignored.png", "?")
+    assert list(load_texts(tmp_path)) == ["one", "two"]
+
+
+def test_interleave_takes_one_of_each_in_turn() -> None:
+    assert list(interleave([iter("abc"), iter("x"), iter("12")])) == ["a", "x", "1", "b", "2", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "one"}\n{', "a.jsonl, line 2: expected one JSON object a line"),
+        ("a.jsonl", '{"body": "one"}', r"line 1: expected a field of \('text', 'messages'\), got \['body'\]"),
+        ("a.jsonl", '"one"', "line 1: expected an object with a field"),
+        ("a.jsonl", '{"text": 7}', "line 1: expected a string or a list of messages"),
+        ("a.csv", "one", "expected a file ending in one of"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(load_texts(write(tmp_path / name, content)))
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match="expected UTF-8 text"):
+        list(load_texts(tmp_path / "a.txt"))
+
+
+def test_parquet_without_documents_is_refused(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"body": ["one"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"expected a column of .* got \['body'\]"):
+        list(load_texts(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "./missing", "~/missing", "/missing"])
+def test_a_missing_path_is_not_taken_for_a_dataset(name: str) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        list(load_texts(name))
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found none"):
+        list(load_texts(tmp_path))
+
+
+def test_a_dataset_is_streamed_from_the_split_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls: list[Any] = []
+
+    def load_dataset(name: str, config: str | None, **options: Any) -> list[dict[str, str]]:
+        calls.append((name, config, options))
+        return [{"text": "one"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(load_texts("wikitext:wikitext-2-raw-v1")) == ["one"]
+    assert list(load_texts("org/data::validation", split="test")) == ["one"]
+    assert calls == [
+        ("wikitext", "wikitext-2-raw-v1", {"split": "train", "streaming": True}),
+        ("org/data", None, {"split": "validation", "streaming": True}),
+    ]
+
+
+def test_a_dataset_that_cannot_be_read_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match="ConnectionError: no network.*pass the file"):
+        list(load_texts("wikitext"))
+
+
+def test_a_row_of_a_dataset_without_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": "one"}, {"label": 1}])
+    with pytest.raises(DataError, match="dataset 'glue', row 2: expected a field"):
+        list(load_texts("glue"))
+
+
+@pytest.mark.parametrize(("package", "source"), [("datasets", "wikitext"), ("pyarrow.parquet", "a.parquet")])
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, source: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.parquet", "")
+    with pytest.raises(DataError, match=r"pip install 'parofx\[transformers\]'"):
+        list(load_texts(source))
+
+
+@pytest.mark.parametrize("value", [7, [], ["text"], [{"content": "no role"}]])
+def test_what_is_no_document_is_refused(value: object) -> None:
+    with pytest.raises(DataError, match="here: expected a string or a list of messages"):
+        check_document(value, "here")

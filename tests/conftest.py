@@ -1,0 +1,24 @@
+"""What every test shares: the Hypothesis profile, the threads, and the skip of GPU tests where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(2)
+
+# No deadline and no "too slow": a first call may compile, and the machine may be shared.
+settings.register_profile(
+    "parofx", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("parofx-ci", settings.get_profile("parofx"), derandomize=True)
+settings.load_profile("parofx-ci" if os.environ.get("CI") else "parofx")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,127 @@
+// Runs every instruction set that this machine has on exactly sized heap buffers, so that AddressSanitizer sees each
+// byte read or written outside of them, and compares each with the scalar kernels. Prints the sets it ran.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <random>
+#include <vector>
+
+#include "linear.h"
+#include "numeric.h"
+
+namespace {
+
+std::mt19937 generator(1);
+
+template <class T>
+std::vector<T> random_values(size_t count, int limit) {
+  std::vector<T> values(count);
+  for (T& value : values) value = static_cast<T>(generator() % limit);
+  return values;
+}
+
+struct Tensors {
+  std::vector<uint8_t> weight, zeros;
+  std::vector<uint16_t> scales, bias, y;
+};
+
+// The blob of `rounds` rounds whose sources are rotations by one place, with cos = 0.6 and sin = 0.8.
+std::vector<uint8_t> rotation_blob(int64_t groups, int group_size, int rounds) {
+  const parofx::RotationLayout layout{group_size, rounds};
+  std::vector<uint8_t> blob(groups * layout.group_bytes());
+  for (int64_t group = 0; group < groups; ++group) {
+    uint8_t* data = blob.data() + group * layout.group_bytes();
+    const parofx::GroupRotation rotation{data, layout};
+    const auto fill = [](const float* where, int count, float value) {
+      for (int i = 0; i < count; ++i) std::memcpy(const_cast<float*>(where) + i, &value, sizeof value);
+    };
+    fill(rotation.channel_scales(), group_size, 0.5f);
+    for (int round = 0; round <= rounds && rounds > 0; ++round) {
+      for (int i = 0; i < group_size; ++i) {
+        const_cast<uint8_t*>(rotation.source(round))[i] = static_cast<uint8_t>((i + 1) % group_size);
+      }
+      if (round == rounds) break;
+      fill(rotation.cosines(round), group_size / 2, 0.6f);
+      fill(rotation.sines(round), group_size / 2, 0.8f);
+    }
+  }
+  return blob;
+}
+
+std::vector<float> run(int64_t rows, int64_t in_features, int group_size, int rounds, bool dynamic_int8, int threads) {
+  generator.seed(7);
+  const int64_t groups = in_features / group_size;
+  std::vector<uint16_t> x(rows * in_features);
+  for (uint16_t& value : x) value = parofx::float_to_bf16(static_cast<float>(generator() % 2001) / 1000.0f - 1.0f);
+  const std::vector<uint8_t> blob = rotation_blob(groups, group_size, rounds);
+
+  parofx::LinearCall call{};
+  call.x = x.data();
+  call.row_stride = in_features;
+  call.dtype = parofx::DType::bf16;
+  call.rows = rows;
+  call.in_features = in_features;
+  call.group_size = group_size;
+  call.dynamic_int8 = dynamic_int8;
+  call.rotations = {{blob.data(), rounds}, {nullptr, 0}, {blob.data(), rounds}};
+  std::vector<Tensors> all(3);
+  const int64_t widths[] = {64, 40, 1};
+  for (int i = 0; i < 3; ++i) {
+    Tensors& tensors = all[i];
+    const int64_t columns = widths[i];
+    tensors.weight = random_values<uint8_t>(columns * in_features / 2, 256);
+    tensors.zeros = random_values<uint8_t>(columns * groups, 16);
+    tensors.scales.assign(columns * groups, parofx::float_to_f16(0.01f));
+    tensors.bias.assign(columns, parofx::float_to_f16(0.25f));
+    tensors.y.assign(rows * columns, 0xffff);
+    parofx::Linear linear{};
+    linear.weight = tensors.weight.data();
+    linear.zeros = tensors.zeros.data();
+    linear.scales = tensors.scales.data();
+    linear.bias = i == 1 ? nullptr : tensors.bias.data();
+    linear.bias_dtype = parofx::DType::f16;
+    linear.out_features = columns;
+    linear.rotation = i;
+    linear.y = tensors.y.data();
+    call.linears.push_back(linear);
+  }
+  parofx::run_linears(call, threads);
+  std::vector<float> result;
+  for (const Tensors& tensors : all) {
+    for (const uint16_t value : tensors.y) result.push_back(parofx::bf16_to_float(value));
+  }
+  return result;
+}
+
+} // namespace
+
+// argv[1]: "scalar" writes the answers to argv[2]; anything else compares with that file.
+int main(int, char** arguments) {
+  const bool writes = std::strcmp(arguments[1], "scalar") == 0;
+  std::FILE* file = std::fopen(arguments[2], writes ? "wb" : "rb");
+  int failures = 0;
+  for (const int group_size : {32, 64, 128}) {
+    for (const int rounds : {0, 1, 8}) {
+      for (const int64_t rows : {1, 2, 3, 5, 8, 9, 14, 17, 49, 300}) {
+        for (const bool dynamic_int8 : {false, true}) {
+          const auto answer = run(rows, 3 * group_size, group_size, rounds, dynamic_int8, 1 + rows % 3);
+          if (writes) {
+            std::fwrite(answer.data(), sizeof(float), answer.size(), file);
+            continue;
+          }
+          std::vector<float> expected(answer.size());
+          if (std::fread(expected.data(), sizeof(float), expected.size(), file) != expected.size()) return 2;
+          for (size_t i = 0; i < answer.size(); ++i) {
+            // bf16 rounds both the activations and the outputs; int8 codes may fall on either side of a half.
+            if (!(std::fabs(answer[i] - expected[i]) <= 0.05f + 0.02f * std::fabs(expected[i]))) ++failures;
+          }
+        }
+      }
+    }
+  }
+  std::fclose(file);
+  std::printf("%s %d\n", parofx::active_kernels().isa, failures);
+  return failures != 0;
+}

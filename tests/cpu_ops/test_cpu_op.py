@@ -1,0 +1,247 @@
+"""parofx_cpu::rotate_int4_linear against fp64, on whatever ISA is active; test_cpu_isa.py runs this file on each."""
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cpu_problem import Problem, make_problem
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from parofx import cpu_ops
+
+pytestmark = pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="no C++ compiler")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def op() -> torch._ops.OpOverload:
+    cpu_ops.load()
+    return torch.ops.parofx_cpu.rotate_int4_linear.default
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """A view of the same rows whose leading dimension has an odd stride."""
+    wide = torch.full((x.shape[0], x.shape[1] + 24), torch.nan, dtype=x.dtype)
+    wide[:, 8:-16] = x
+    return wide[:, 8:-16]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    group_size = draw(st.sampled_from((32, 64, 128)))
+    return make_problem(
+        group_size * draw(st.integers(1, 5)),
+        tuple(draw(st.lists(st.sampled_from((1, 8, 31, 32, 33, 40, 64, 97, 160)), min_size=1, max_size=3))),
+        group_size,
+        draw(st.sampled_from((None, 0, 1, 2, 3, 8, 9))),
+        separate=draw(st.booleans()),
+        bias=draw(st.sampled_from((None, *DTYPES))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@given(
+    problem=problems(),
+    rows=st.sampled_from((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 25, 31, 48, 67)),
+    dtype=st.sampled_from(DTYPES),
+    mode=st.sampled_from((0, 1)),
+    threads=st.sampled_from((1, 2, 3)),
+    strided=st.booleans(),
+)
+def test_matches_fp64(problem: Problem, rows: int, dtype: torch.dtype, mode: int, threads: int, strided: bool) -> None:
+    torch.set_num_threads(threads)
+    x = torch.randn(rows, problem.in_features).to(dtype)
+    outputs = problem.run(rows_of(x) if strided else x, mode)
+    problem.check(x, outputs, mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", [0, 1])
+@pytest.mark.parametrize("rows", [1, 8, 300])
+def test_matches_fp64_at_larger_shapes(dtype: torch.dtype, mode: int, rows: int) -> None:
+    problem = make_problem(512, (128, 72), 128, 8, bias=torch.float16)
+    x = torch.randn(rows, 512).to(dtype)
+    problem.check(x, problem.run(x, mode), mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.view(2, 3, 4, -1),
+        lambda x: x.view(2, 12, -1).transpose(0, 1),
+        lambda x: x.t().contiguous().t(),
+        lambda x: x[::3],
+        lambda x: x[:1].expand(5, -1),
+        lambda x: x[0],
+        lambda x: x.view(24, 1, -1)[:, :, :],
+        lambda x: x.view(1, 24, -1)[:, ::2],
+        lambda x: x.view(2, 12, -1)[:, :0],
+    ],
+)
+def test_any_strides_and_batch_dimensions(dtype: torch.dtype, view: object) -> None:
+    problem = make_problem(256, (40, 64), 64, 4, separate=True)
+    x = view(torch.randn(24, 256).to(dtype))  # type: ignore[operator]
+    problem.check(x, problem.run(x))
+
+
+def test_separate_rotations_equal_separate_calls() -> None:
+    problem = make_problem(256, (64, 32), 128, 8, separate=True)
+    x = torch.randn(5, 256).bfloat16()
+    together = problem.run(x)
+    for i in range(2):
+        alone = Problem([problem.linears[i]], [problem.rotations[i]], 256, 128).run(x)
+        assert torch.equal(alone[0], together[i])
+
+
+def test_concatenated_siblings_are_the_merged_linear() -> None:
+    problem = make_problem(256, (64, 32, 96), 64, 4)
+    rotations, weights, scales, zeros, _ = problem.packed()
+    x = torch.randn(3, 256)
+    merged = op()(x, rotations, [torch.cat(weights)], [torch.cat(scales)], [torch.cat(zeros)], [None], 64, 0)
+    assert torch.equal(torch.cat(problem.run(x), -1), merged[0])
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("mode", [0, 1])
+def test_the_thread_count_changes_nothing_but_rounding(rows: int, mode: int) -> None:
+    problem = make_problem(512, (200,), 128, 8)
+    x = torch.randn(rows, 512)
+    outputs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outputs.append(problem.run(x, mode)[0])
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_reaches_its_row_only(mode: int, bad: float) -> None:
+    problem = make_problem(128, (32,), 64, 2)
+    x = torch.randn(3, 128)
+    x[1, 70] = bad
+    (output,) = problem.run(x, mode)
+    assert output[[0, 2]].isfinite().all()
+    assert not output[1].isfinite().any()
+
+
+def test_zero_rows_of_x_give_the_bias() -> None:
+    problem = make_problem(128, (40,), 32, 2, bias=torch.float32)
+    for mode in (0, 1):
+        (output,) = problem.run(torch.zeros(2, 128), mode)
+        assert torch.equal(output, problem.linears[0].bias.expand(2, -1))
+
+
+def test_two_python_threads_at_once() -> None:
+    problem = make_problem(512, (256,), 128, 8)
+    inputs = [torch.randn(rows, 512) for rows in (1, 20)]
+    expected = [problem.run(x)[0] for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        packed = problem.packed()
+        for _ in range(200):
+            (output,) = op()(inputs[i], *packed, 128, 0)
+            if not torch.allclose(output, expected[i], rtol=1e-5, atol=1e-5):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_ten_thousand_calls_leak_nothing() -> None:
+    problem = make_problem(256, (32, 40), 64, 2, separate=True, bias=torch.float16)
+    arguments = (torch.randn(2, 256).t().contiguous().t(), *problem.packed(), 64, 0)
+
+    def resident_kib() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])
+
+    for _ in range(2000):
+        op()(*arguments)
+    gc.collect()
+    before = resident_kib()
+    for _ in range(10_000):
+        op()(*arguments)
+    assert resident_kib() - before < 1024
+
+
+def test_one_openmp_runtime() -> None:
+    cpu_ops.load()
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    runtimes = [path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))]
+    assert len(runtimes) == 1
+
+
+def test_the_forced_isa_runs() -> None:
+    forced = os.environ.get("PAROFX_CPU_ISA")
+    assert cpu_ops.active_isa() == (forced or cpu_ops.active_isa())
+    assert cpu_ops.describe()["isa"] == cpu_ops.active_isa()
+
+
+def test_opcheck() -> None:
+    problem = make_problem(128, (40, 32), 32, 2, separate=True, bias=torch.float16)
+    for rows in (0, 1, 5):
+        torch.library.opcheck(op(), (torch.randn(rows, 128), *problem.packed(), 32, 0))
+    torch.library.opcheck(op(), (torch.randn(2, 3, 128).bfloat16(), *problem.packed(), 32, 1))
+
+
+def test_compiles_whole_with_dynamic_rows() -> None:
+    problem = make_problem(128, (40, 32), 64, 2)
+    packed = problem.packed()
+
+    def model(x: Tensor) -> Tensor:
+        first, second = torch.ops.parofx_cpu.rotate_int4_linear(x * 2, *packed, 64, 0)
+        return torch.cat((first, second.relu()), -1)
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (2, 3, 17):
+        x = torch.randn(rows, 128)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+BAD_CALLS = {
+    "x must be float32": lambda a: [a[0].double(), *a[1:]],
+    "x must be a CPU tensor": lambda a: [torch.tensor(1.0), *a[1:]],
+    "group_size must be 32, 64 or 128, got 48": lambda a: [*a[:6], 48, 0],
+    "group_size must divide in_features: got 128 and 192": lambda a: [torch.randn(1, 192), *a[1:6], 128, 0],
+    "activation_mode must be 0": lambda a: [*a[:7], 2],
+    r"one entry per linear.*got 2, 1, 2, 2 and 1": lambda a: [*a[:3], a[3][:1], *a[4:]],
+    r"rotations\[0\] has 7 bytes": lambda a: [a[0], [torch.zeros(7, dtype=torch.uint8)], *a[2:]],
+    r"rotations\[0\] must start at": lambda a: [a[0], [torch.zeros(1 + 4 * 128, dtype=torch.uint8)[1:]], *a[2:]],
+    r"weights\[1\] must be a contiguous CPU tensor of Byte": lambda a: [*a[:2], [a[2][0], a[2][1].int()], *a[3:]],
+    r"weights\[0\] must have shape \(40, 32\)": lambda a: [torch.randn(1, 64), [torch.empty(0).byte()], *a[2:]],
+    r"scales\[0\] must have shape \(40, 2\)": lambda a: [*a[:3], [a[3][0][:8], a[3][1]], *a[4:]],
+    r"zeros\[1\] must be a contiguous CPU tensor of Byte, got Byte with strides": lambda a: [
+        *a[:4], [a[4][0], a[4][1].t().contiguous().t()], *a[5:]
+    ],
+    r"biases\[0\] must be a contiguous CPU tensor of 40 elements, got 8": lambda a: [
+        *a[:5], [torch.randn(8), None], *a[6:]
+    ],
+    "bias must be float32": lambda a: [*a[:5], [torch.zeros(40).int(), None], *a[6:]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_arguments_are_refused(message: str) -> None:
+    problem = make_problem(128, (40, 32), 64, 2)
+    arguments = [torch.randn(1, 128), *problem.packed(), 64, 0]
+    with pytest.raises(RuntimeError, match=message):
+        op()(*BAD_CALLS[message](arguments))
