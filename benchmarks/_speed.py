@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROUNDS = 5
+ROUNDS = 3
 #: Length of prompt and answer together. One length means one static cache, and so one compiled graph.
 MAX_LENGTH = 128
 PROMPT_LENGTH = 32

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from parofx.config import ParoConfig
+from parofx.errors import DataError
 from parofx.passes.calibrate import Calibrate
-from parofx.passes.capture import capture, complete_inputs
+from parofx.passes.capture import capture, complete_inputs, complete_named
 from parofx.passes.convert import Convert
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.lower import Lower
@@ -42,7 +43,10 @@ def calibrate(
         config: `calibration` applies; the rest was decided by `prepare`.
         progress: show a progress bar.
     """
-    named = None if batches is None else [_named(batch) for batch in batches]
+    named = None
+    if batches is not None:
+        _, names = gm.meta["parofx_inputs"]
+        named = [complete_named(names, _named(batch)) for batch in batches]
     return Pipeline([Calibrate(config or ParoConfig(), named, progress)]).run(gm)
 
 
@@ -112,7 +116,12 @@ def explain(model: nn.Module, *example_inputs: Any, config: ParoConfig | None = 
 def _named(batch: object) -> Mapping[str, Any]:
     if isinstance(batch, Mapping):
         return batch
-    values = (batch,) if isinstance(batch, Tensor) else tuple(batch)  # type: ignore[arg-type]
+    values = (batch,) if isinstance(batch, Tensor) else batch
+    if not isinstance(values, tuple | list):
+        raise DataError(
+            f"a calibration batch must be a mapping, a tuple or a tensor, got {type(batch).__name__}; "
+            "pass the inputs of the captured model"
+        )
     return {f"arg{index}": value for index, value in enumerate(values)}
 
 

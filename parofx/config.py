@@ -49,10 +49,10 @@ class CalibrationConfig:
 
     recipe: Recipe = "fast"
     steps: int = 60
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     rows: int = 512
     pairs: PairMethod = "matching"
-    clip_ratios: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+    clip_ratios: tuple[float, ...] = tuple(1 - step / 40 for step in range(13))
     seed: int = 0
     seqlen: int = 512
     samples: int = 64

@@ -28,8 +28,8 @@ from parofx.errors import DataError
 
 #: Logits of one forward that a batch size chosen here stays below.
 _LOGITS_BYTES = 512 * 2**20
-#: Elements of a `(rows, vocabulary)` chunk that are in fp32 at a time.
-_CHUNK_ELEMENTS = 2**24
+#: Elements of a `(rows, vocabulary)` chunk that are in fp32 at a time: few enough for a processor's cache.
+_CHUNK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,6 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
             f"could not load {path}: {type(error).__name__}: {error}. Reading GGUF needs a model family that "
             "transformers converts, and the packages gguf and accelerate: pip install 'parofx[transformers]'"
         ) from error
-    # The weights are plain tensors now; without this, save_pretrained refuses a "quantized" model.
-    model.hf_quantizer.remove_quantization_config(model)
     return LoadedModel(model.eval(), tokenizer)
 
 

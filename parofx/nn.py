@@ -145,11 +145,11 @@ class ParoLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParoLinear:
-        # Casts convert floating tensors only: shown as bytes, a buffer moves and keeps its dtype.
+        # Casts convert floating tensors only: shown as integers, a buffer moves and keeps its dtype.
         for name, buffer in self._buffers.items():
             if buffer is None:
                 continue
-            shown = buffer.view(torch.uint8)
+            shown = buffer.view(torch.int16) if buffer.dtype == torch.float16 else buffer
             moved = fn(shown)
             if moved is not shown:  # else the tensor object stays, which siblings may share
                 self._buffers[name] = moved.view(buffer.dtype)

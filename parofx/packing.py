@@ -46,8 +46,8 @@ def pack_words(codes: Tensor) -> Tensor:
     shape = (codes.shape[0], codes.shape[1] // CODES_PER_WORD, CODES_PER_WORD)
     columns = codes.to(torch.uint8).reshape(shape)[..., list(NIBBLE_ORDER)]
     # Two nibbles a byte, four bytes a little-endian word: no 32-bit temporaries, no sign trouble.
-    words = (columns[..., 0::2] | (columns[..., 1::2] << 4)).contiguous()
-    return words.view(torch.int32).squeeze(-1)
+    halves = columns[..., 0::2] | (columns[..., 1::2] << 4)
+    return halves.clone(memory_format=torch.contiguous_format).view(torch.int32).squeeze(-1)
 
 
 def unpack_words(words: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ def unpack_words(words: Tensor) -> Tensor:
     """
     if words.dim() != 2 or words.dtype != torch.int32:
         raise ShapeError(f"words must be an int32 matrix, got {words.dtype} {tuple(words.shape)}")
-    halves = words.contiguous().view(torch.uint8).reshape(words.shape[0], words.shape[1], 4)
+    # A clone, not contiguous(): that keeps the odd stride a dimension of one may have, and the view then fails.
+    halves = words.clone(memory_format=torch.contiguous_format).view(torch.uint8).reshape(*words.shape, 4)
     nibbles = torch.stack((halves & 15, halves >> 4), dim=-1).flatten(2)
     inverse = [NIBBLE_ORDER.index(column) for column in range(CODES_PER_WORD)]
     return nibbles[..., inverse].flatten(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import resource
 import sys
 import time
@@ -24,6 +25,12 @@ from parofx.passes.graph import INT4_LINEAR, binding, get_attribute, nodes_calli
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.pipeline import Pipeline
 from parofx.report import FloatLinear, FloatReason, LinearReport, QuantizationReport
+
+#: What `register_forward_hook` and `register_forward_pre_hook` write to.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 
 
 def quantize(
@@ -66,6 +73,8 @@ def quantize(
         raise ConfigError("the model holds ParoLinear modules already; parofx.dequantize(model) gives float ones back")
     batches = None if calibration is None else _batches(model, config, calibration, tokenizer)
     inputs = _example_inputs(model, example_inputs, batches)
+    if batches is not None and isinstance(inputs, tuple):
+        inputs = _named(model, inputs)  # as the batches are
     gm = capture(model, *inputs) if isinstance(inputs, tuple) else capture(model, inputs)
     pipeline = Pipeline(
         [
@@ -77,7 +86,7 @@ def quantize(
     pipeline.run(gm)
     modules = _modules(gm)
     names = {name: type(model.get_submodule(name)) for name in modules}
-    kept = (*gm.meta["parofx_kept_float"], *_not_reached(model, gm, set(modules), set(names.values())))
+    kept = (*gm.meta["parofx_kept_float"], *_not_converted(model, gm, set(modules), set(names.values())))
     report = QuantizationReport(
         config=config,
         linears=tuple(_linear_report(gm, name, module) for name, module in modules.items()),
@@ -124,6 +133,13 @@ def _example_inputs(
     )
 
 
+def _named(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    try:
+        return dict(inspect.signature(model.forward).bind(*inputs).arguments)
+    except TypeError as error:
+        raise CaptureError(f"{type(model).__name__}.forward does not take the example_inputs: {error}") from error
+
+
 def _output_heads(model: nn.Module) -> tuple[str, ...]:
     get = getattr(model, "get_output_embeddings", None)
     try:
@@ -149,7 +165,7 @@ def _modules(gm: GraphModule) -> dict[str, ParoLinear]:
         }
         if bias is not None:
             sources["bias"] = bias
-        tensors = {key: get_attribute(gm, str(source.target)) for key, source in sources.items()}  # type: ignore[union-attr]
+        tensors = {key: get_attribute(gm, str(source.target)) for key, source in sources.items()}
         modules[name] = ParoLinear.from_tensors(tensors)
     return modules
 
@@ -170,17 +186,32 @@ def _linear_report(gm: GraphModule, name: str, module: ParoLinear) -> LinearRepo
     )
 
 
-def _not_reached(
+def _not_converted(
     model: nn.Module, gm: GraphModule, quantized: set[str], kinds: set[type[nn.Module]]
 ) -> list[FloatLinear]:
-    """List linears of the module tree, `nn.Linear` and classes that were replaced elsewhere, that are in no graph."""
-    known = quantized | {one.name for one in gm.meta["parofx_kept_float"]}
+    """List linears of the module tree that no pass decided on: `nn.Linear` and classes that were replaced elsewhere."""
+    linears: tuple[type[nn.Module], ...] = (nn.Linear, *kinds)
     in_graph = {id(bound.tensor) for node in gm.graph.nodes if (bound := binding(node)) is not None}
-    return [
-        FloatLinear(name, FloatReason.NOT_REACHED)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, *kinds)) and name not in known and id(module.weight) not in in_graph
-    ]
+    decided = {one.name for one in gm.meta["parofx_kept_float"]}
+    # Tied weights are one unit, listed under one of its names.
+    known = {id(model.get_submodule(name)._parameters.get("weight")) for name in quantized}
+    known |= {id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if _owner(name) & decided}
+    found = []
+    for name, module in model.named_modules():
+        if name in quantized | decided or not isinstance(module, linears):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is None:
+            found.append(FloatLinear(name, FloatReason.FUNCTIONAL, "its weight is computed from other tensors"))
+        elif id(weight) not in known:
+            read = id(weight) in in_graph
+            found.append(FloatLinear(name, FloatReason.FUNCTIONAL if read else FloatReason.NOT_REACHED))
+    return found
+
+
+def _owner(parameter: str) -> set[str]:
+    """Return the names a report may have for the linear of a parameter: its module, or itself."""
+    return {parameter, parameter.rpartition(".")[0]}
 
 
 def _write_back(model: nn.Module, modules: Mapping[str, ParoLinear]) -> None:
@@ -191,6 +222,9 @@ def _write_back(model: nn.Module, modules: Mapping[str, ParoLinear]) -> None:
     try:
         for name, original in originals.items():
             module = replaced[id(original)].train(original.training)
+            for hooks in _HOOKS:
+                # The dictionary itself, so that a handle still removes its hook.
+                setattr(module, hooks, getattr(original, hooks))
             model.set_submodule(name, module)
         if integrations.is_transformers_model(model):
             from parofx.integrations.transformers import mark_quantized

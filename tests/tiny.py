@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 WORDS = ("the", "sea", "is", "wide", "and", "ships", "sail", "on", "it", ".", "user", "assistant", "why", "?")
 SPECIAL = ("<s>", "</s>", "<unk>")
-VOCAB = 64
+VOCAB = len(SPECIAL) + len(WORDS)
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"

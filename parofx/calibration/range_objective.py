@@ -23,6 +23,7 @@ from torch import Tensor
 
 from parofx.affine import quant_max
 from parofx.calibration.dense_rounds import DenseRounds
+from parofx.calibration.guess_power import guess_power
 from parofx.config import CalibrationConfig
 from parofx.errors import DataError, ShapeError
 from parofx.pairing import make_pairs, trainable_angles
@@ -74,7 +75,7 @@ def fit_transform(
 
     Args:
         weights: matrices `(N_i, K)` of the siblings, any floating dtype; fitting runs on their device.
-        power: `E[x²]` per input channel, `(K,)`; None weighs all channels alike.
+        power: `E[x²]` per input channel, `(K,)`; None takes `guess_power`.
         bits: width of a weight.
         group_size: channels per group.
         krot: rotation rounds; with 0 only scales are fitted.
@@ -88,7 +89,7 @@ def fit_transform(
     weight, peak = _joined_rows(weights)
     in_features = weight.shape[1]
     pairs = make_pairs(in_features, group_size, krot, method=config.pairs, seed=seed).to(weight.device)
-    power = _checked_power(power, in_features).to(weight.device)
+    power = guess_power(weight) if power is None else _checked_power(power, in_features).to(weight.device)
     objective = RangeObjective(weight, power, pairs, bits=bits, group_size=group_size)
     start = weight.new_zeros(krot, in_features // 2), weight.new_zeros(in_features)
     fitted = _minimise(objective, *start, config, seed) if config.steps else start
@@ -235,10 +236,8 @@ def _joined_rows(weights: Sequence[Tensor]) -> tuple[Tensor, float]:
     return joined / peak, peak
 
 
-def _checked_power(power: Tensor | None, in_features: int) -> Tensor:
-    """Return the power in fp32 with a largest entry of 1 (all ones if there is none)."""
-    if power is None:
-        return torch.ones(in_features)
+def _checked_power(power: Tensor, in_features: int) -> Tensor:
+    """Return the power in fp32 with a largest entry of 1."""
     if tuple(power.shape) != (in_features,):
         raise ShapeError(f"power must be ({in_features},) to fit the weights, got {tuple(power.shape)}")
     peak = power.abs().amax().item()

@@ -118,11 +118,12 @@ def _bind_inputs(gm: GraphModule, nodes: Sequence[Node], batch: Mapping[str, Any
     """
     count, names = gm.meta["parofx_inputs"]
     positional = tuple(batch[f"arg{i}"] for i in range(count) if f"arg{i}" in batch)
-    missing = [name for name in names if name not in batch] + [f"arg{i}" for i in range(len(positional), count)]
-    unexpected = sorted(set(batch) - set(names) - {f"arg{i}" for i in range(count)})
+    expected = [*(f"arg{i}" for i in range(count)), *names]
+    missing = [name for name in expected if name not in batch]
+    unexpected = sorted(set(batch) - set(expected))
     if missing or unexpected:
         raise DataError(
-            f"every calibration batch must have the inputs of the first one, {[*names]}: "
+            f"every calibration batch must have the inputs the model was captured with, {expected}: "
             f"missing {missing}, unexpected {unexpected}"
         )
     leaves = pytree.tree_leaves((positional, {name: batch[name] for name in names}), is_leaf=lambda leaf: leaf is None)

@@ -48,9 +48,11 @@ def load(
         os.environ["HF_HUB_OFFLINE"] = "1"
     with errors_console.status(f"loading {source} …"):
         import torch
+        from transformers.utils import logging
 
         from parofx.models import LoadedModel, load_model
 
+        logging.disable_progress_bar()  # two at a time would overwrite each other
         loaded = load_model(
             source,
             revision=revision,

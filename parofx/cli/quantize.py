@@ -66,7 +66,7 @@ def quantize(
     with errors_console.status(f"saving to {output} …"):
         parofx.save_pretrained(loaded.model, output, tokenizer=loaded.tokenizer, overwrite=overwrite)
         report.save(output / REPORT_FILE)
-    console.print(report)
+    console.print(str(report), highlight=False)
     if report.kept_float:
         table = Table("kept float", "reason", "layers", box=None, header_style="bold")
         for reason, count in report.reasons().items():

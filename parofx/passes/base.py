@@ -52,7 +52,7 @@ class Pass(Protocol):
 
 
 _REGISTRY: dict[str, type[Pass]] = {}
-_PassType = TypeVar("_PassType", bound=type)
+_PassType = TypeVar("_PassType", bound=type[Pass])
 
 
 def register(cls: _PassType) -> _PassType:

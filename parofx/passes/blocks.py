@@ -78,7 +78,7 @@ def split_at_blocks(gm: GraphModule, blocks: tuple[str, ...]) -> GraphModule:
         partition[node] = part
     root = torch.nn.Module()
     root.__dict__.update(gm.__dict__)
-    return split_module(gm, root, lambda node: partition[node], keep_original_order=True)  # type: ignore[arg-type]
+    return split_module(gm, root, lambda node: partition[node], keep_original_order=True)
 
 
 def _paths_in_order(gm: GraphModule) -> list[str]:

@@ -26,7 +26,8 @@ from parofx.config import ParoConfig
 from parofx.errors import DataError
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.derived import derived
-from parofx.passes.transforms import Transform, find_transforms, norm_power
+from parofx.passes.norm_power import norm_power
+from parofx.passes.transforms import Transform, find_transforms
 from parofx.report import TransformReport
 
 logger = logging.getLogger("parofx")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -46,7 +46,11 @@ def complete_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
     A cache is of no use in a single forward and would turn into graph outputs; a decoder that is given only encoder
     tokens reads the same ones.
     """
-    accepted = inspect.signature(model.forward).parameters
+    return complete_named(inspect.signature(model.forward).parameters, inputs)
+
+
+def complete_named(accepted: Container[str], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `complete_inputs` does for a model, or a captured graph, that accepts these names."""
     completed = dict(inputs)
     if "use_cache" in accepted:
         completed.setdefault("use_cache", False)
@@ -56,7 +60,7 @@ def complete_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
@@ -73,7 +77,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                     ) from dynamic_error
         return program.module(check_guards=False)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

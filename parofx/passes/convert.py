@@ -18,7 +18,7 @@ from parofx.calibration.fitting import rotate_weight
 from parofx.errors import PassError
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.derived import derived
-from parofx.passes.graph import INT4_LINEAR, binding, buffer_node, remove_dead_code, set_buffer
+from parofx.passes.graph import INT4_LINEAR, binding, buffer_node, remove_dead_code
 from parofx.passes.transforms import Transform, TransformedLinear, find_transforms
 
 
@@ -43,7 +43,8 @@ class Convert:
                     if reason is not None:
                         raise PassError(f"{linear.name} cannot be converted: {reason}")
                     report.changed += _rewrite(gm, transform, linear, self._packed(gm, transform, linear))
-                _round_rotation(gm, transform)
+                # Calibration has rounded them before it chose the grid.
+                transform.halve_parameters(gm)
         remove_dead_code(gm)
         set_stage(gm, Stage.CONVERTED)
         return report
@@ -95,16 +96,16 @@ def _rewrite(
         with gm.graph.inserting_before(call):
             bias = biases[bias] if isinstance(bias, Node) else None
             node = gm.graph.call_function(INT4_LINEAR, (call.args[0], *nodes, bias, transform.group_size))
-        node.meta = dict(call.meta)
+        node.meta = {**call.meta, "parofx_linear": linear.name}
         call.replace_all_uses_with(node)
         gm.graph.erase_node(call)
     return len(linear.calls)
 
 
 def _half_bias(gm: GraphModule, linear: TransformedLinear, call: Node, bias: Node, index: int) -> Node:
-    """Return the node of the bias as the checkpoint stores it, fp16; a computed bias stays as it is."""
+    """Return the node of the bias as the checkpoint stores it, fp16; what is computed or an input stays as it is."""
     bound = binding(bias)
-    if bound is None:
+    if bound is None or bias.op == "placeholder":
         return bias
     value: Tensor = bound.tensor.detach().half()
     if not torch.isfinite(value).all():
@@ -112,12 +113,7 @@ def _half_bias(gm: GraphModule, linear: TransformedLinear, call: Node, bias: Nod
             f"the bias of {linear.name} must fit fp16 to be stored, its largest value is "
             f"{float(bound.tensor.detach().abs().max()):.3g}; add it to modules_to_not_convert"
         )
+    only_here = all(user in linear.calls for user in bias.users)
     with gm.graph.inserting_before(linear.calls[0] if index == 0 else call):
-        return buffer_node(gm, f"{linear.name}.bias" if index == 0 else f"{linear.name}.bias_{index}", value)
-
-
-def _round_rotation(gm: GraphModule, transform: Transform) -> None:
-    """Hold θ and the channel scales as the checkpoint does; calibration has rounded them before it chose the grid."""
-    _, theta, channel_scales = transform.parameters(gm)
-    set_buffer(gm, f"{transform.name}.theta", theta.half())
-    set_buffer(gm, f"{transform.name}.channel_scales", channel_scales.half())
+        path = f"{linear.name}.bias" if index == 0 else f"{linear.name}.bias_{index}"
+        return buffer_node(gm, path, value, replaces=bias if only_here else None)

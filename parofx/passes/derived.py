@@ -37,6 +37,15 @@ class State:
         """Say whether `tensor` is the one noted, unchanged."""
         return self.reference() is tensor and self.address == tensor.data_ptr() and self.version == _version(tensor)
 
+    def alive(self) -> bool:
+        """Say whether the tensor still exists."""
+        return self.reference() is not None
+
+    def current(self) -> bool:
+        """Say whether the tensor still exists, unchanged."""
+        tensor = self.reference()
+        return tensor is not None and self.holds_for(tensor)
+
 
 def unchanged(states: Sequence[State], tensors: Sequence[Tensor]) -> bool:
     """Say whether tensors are the ones noted, in order and unchanged."""
@@ -59,6 +68,8 @@ def derived(kind: object, sources: Sequence[Tensor], make: Callable[[], _Value])
         if known is not None and unchanged(known[0], sources):
             return known[1]
         value = make()
+        for stale in [key for key, (states, _) in entries.items() if not all(state.current() for state in states)]:
+            del entries[stale]
         entries[kind] = (tuple(State.of(source) for source in sources), value)
         return value
 

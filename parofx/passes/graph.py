@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ ROTATE_INT4_SIBLINGS = torch.ops.parofx.rotate_int4_siblings.default
 SEMANTIC = frozenset({ROTATE, FAKE_QUANTIZE, INT4_LINEAR, ROTATE_INT4_LINEAR, ROTATE_INT4_SIBLINGS})
 
 _BINDING = "parofx_binding"
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+#: Python's operators that write to their first operand, by the names that functions and methods have.
+_WRITING_OPERATORS = {form.format(name) for name in _BINARY for form in ("i{}", "__i{}__")} | {"setitem", "__setitem__"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Binding:
 def bind(node: Node, fqn: str, tensor: Tensor) -> None:
     """Note that a node stands for a parameter or buffer (Dynamo passes them as placeholders)."""
     node.meta[_BINDING] = Binding(fqn, tensor)
+
+
+def unbind(node: Node) -> None:
+    """Forget what `bind` noted."""
+    node.meta.pop(_BINDING, None)
 
 
 def binding(node: object) -> Binding | None:
@@ -93,8 +101,34 @@ def delete_attribute(gm: GraphModule, path: str) -> None:
     module._buffers.pop(name, None)
 
 
-def buffer_node(gm: GraphModule, path: str, tensor: Tensor) -> Node:
-    """Register a buffer and return a `get_attr` node for it at the graph's insertion point."""
+def free_path(gm: GraphModule, path: str, tensor: Tensor, *, replaces: Node | None = None) -> str:
+    """Return `path`, with underscores added where it or a parent of it names something else that the graph reads.
+
+    What only the node `replaces` reads is not in the way, nor is `tensor` itself.
+    """
+    *parents, name = path.split(".")
+    module: nn.Module | None = gm
+    for index, part in enumerate(parents):
+        while isinstance(getattr(module, part, None), Tensor):
+            part += "_"
+        parents[index] = part
+        module = None if module is None else module._modules.get(part)
+    if module is None:
+        return ".".join([*parents, name])
+    reads = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr" and node is not replaces}
+    while name in module._modules or (
+        getattr(module, name, tensor) is not tensor and ".".join([*parents, name]) in reads
+    ):
+        name += "_"
+    return ".".join([*parents, name])
+
+
+def buffer_node(gm: GraphModule, path: str, tensor: Tensor, *, replaces: Node | None = None) -> Node:
+    """Register a buffer and return a `get_attr` node for it at the graph's insertion point.
+
+    It is named `path`, or alike where that name is taken (`free_path`).
+    """
+    path = free_path(gm, path, tensor, replaces=replaces)
     set_buffer(gm, path, tensor)
     node = gm.graph.get_attr(path)
     node.meta["val"] = tensor
@@ -104,6 +138,14 @@ def buffer_node(gm: GraphModule, path: str, tensor: Tensor) -> Node:
 def nodes_calling(graph: Graph, *targets: object) -> list[Node]:
     """Return the `call_function` nodes with one of the targets, in order."""
     return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
+
+
+def operator_name(node: Node) -> str:
+    """Return the bare name of what a node calls: `"add"` for `aten.add.Tensor`, `torch.add` and `x.add`."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name).rpartition("::")[2]
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
 
 
 def inherit_meta(node: Node, source: Node) -> Node:
@@ -142,21 +184,30 @@ def plain_path(path: str) -> str:
     return re.sub(r"^(L\.\w+|L__self__|self)\.?", "", path)
 
 
-def ancestors(nodes: Iterable[Node]) -> Iterator[Node]:
-    """Yield every node that the given ones depend on, themselves excluded, each once."""
-    seen: set[Node] = set()
-    stack = [source for node in nodes for source in node.all_input_nodes]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            stack += node.all_input_nodes
+def writes(node: Node) -> bool:
+    """Say whether a node may change a tensor in place. Unused, it still counts: fx takes methods to be pure."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    # `operator.and_` ends in an underscore because `and` is a keyword.
+    in_place = name.endswith("_") and not name.endswith("__") and getattr(node.target, "__module__", "") != "_operator"
+    overwrites = "out" in node.kwargs or _asks_for_in_place(node)
+    return node.is_impure() or in_place or overwrites or name in _WRITING_OPERATORS
+
+
+def _asks_for_in_place(node: Node) -> bool:
+    """Say whether a call of `torch.nn.functional` has `inplace=True`, by keyword or position."""
+    if not inspect.isfunction(node.target) or "inplace" not in inspect.signature(node.target).parameters:
+        return False
+    return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))
+
+
+def erase_unused(graph: Graph) -> None:
+    """Erase nodes that nothing uses and that write nothing; a static cache's `index_copy_` stays."""
+    graph.eliminate_dead_code(is_impure_node=writes)
 
 
 def remove_dead_code(gm: GraphModule) -> None:
     """Erase unused pure nodes, and the tensors that nothing reads any more."""
-    gm.graph.eliminate_dead_code()
+    erase_unused(gm.graph)
     used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
     for name, _ in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
         if name not in used:

@@ -112,6 +112,7 @@ def _insert(gm: GraphModule, group: list[LinearUnit], group_size: int, config: P
                 for name in ("scales", "zeros")
             ]
             rounded = graph.call_function(FAKE_QUANTIZE, (rotated, *grid, config.bits, group_size))
+        rounded.meta["parofx_linear"] = unit.name
         for node in (rotated, rounded):
             inherit_meta(node, unit.calls[0]).meta["val"] = _value(weight)
         quantized |= dict.fromkeys(unit.calls, rounded)

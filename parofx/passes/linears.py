@@ -14,14 +14,13 @@ from parofx.packing import CODES_PER_WORD
 from parofx.passes.blocks import block_of
 from parofx.passes.graph import (
     LINEAR,
-    TRANSPOSE,
     Binding,
     binding,
-    module_calls,
-    module_stack,
     nodes_calling,
+    operator_name,
     weight_binding,
 )
+from parofx.passes.whole_modules import is_module
 from parofx.report import FloatReason
 
 aten = torch.ops.aten
@@ -34,23 +33,25 @@ _ROUTER_PATH = frozenset(
 )  # fmt: skip
 #: Products that may take slices of a stack of matrices.
 _BATCHED_PRODUCTS = ("mm", "matmul", "linear", "einsum")
-#: What a module that is nothing but a linear may hold besides.
-_SHAPE_OPERATORS = frozenset({"view", "reshape", "_unsafe_view", "sym_size", "t", "mul", "add", "getitem", "size"})
 
 
 @dataclass
 class LinearUnit:
-    """One weight matrix and every call that reads it; tied weights are one unit."""
+    """One weight matrix and every call that reads it; tied weights are one unit.
+
+    A tensor that is read as it is and transposed is two matrices, of which the second has a `suffix` to its name.
+    """
 
     weight: Binding
     transposed: bool
     calls: list[Node] = field(default_factory=list)
+    suffix: str = ""
 
     @property
     def name(self) -> str:
         """The module that owns the weight, or the weight itself where it is no module's `weight`."""
         module, _, attribute = self.weight.fqn.rpartition(".")
-        return module if attribute == "weight" and module else self.weight.fqn
+        return (module if attribute == "weight" and module else self.weight.fqn) + self.suffix
 
     @property
     def in_features(self) -> int:
@@ -77,7 +78,8 @@ def find_units(gm: GraphModule) -> list[LinearUnit]:
         if found is None:
             continue
         bound, transposed = found
-        unit = units.setdefault((id(bound.tensor), transposed), LinearUnit(bound, transposed))
+        suffix = ".transposed" if (id(bound.tensor), not transposed) in units else ""
+        unit = units.setdefault((id(bound.tensor), transposed), LinearUnit(bound, transposed, suffix=suffix))
         unit.calls.append(node)
     return list(units.values())
 
@@ -95,7 +97,7 @@ def find_weight_stacks(gm: GraphModule) -> list[str]:
             if user in seen:
                 continue
             seen.add(user)
-            name = _operator_name(user)
+            name = operator_name(user)
             if any(product in name for product in _BATCHED_PRODUCTS):
                 names[bound.fqn] = None
             elif name in ("transpose", "select", "index", "getitem", "permute", "t", "slice", "to", "unbind"):
@@ -128,7 +130,7 @@ class Selection:
             return FloatReason.ROUTER, ""
         if unit.out_features % CODES_PER_WORD:
             return FloatReason.OUT_FEATURES, f"{unit.out_features} out_features"
-        if self.replace_modules and not all(_is_whole_module(call, unit) for call in unit.calls):
+        if self.replace_modules and not is_module(unit.weight, unit.name, unit.calls):
             return FloatReason.FUNCTIONAL, f"{unit.weight.fqn} is read outside of one linear module"
         return None
 
@@ -199,30 +201,10 @@ def _selects_experts(call: Node) -> bool:
     pending, seen = list(call.users), set()
     while pending:
         user = pending.pop()
-        name = _operator_name(user)
-        if name == "topk":
+        name = operator_name(user)
+        if name == "topk" or (name == "argmax" and any(reader.op != "output" for reader in user.users)):
             return True
         if name in _ROUTER_PATH and user not in seen:
             seen.add(user)
             pending += user.users
     return False
-
-
-def _is_whole_module(call: Node, unit: LinearUnit) -> bool:
-    """Say whether the call's innermost module owns the weight as `weight` and does nothing else."""
-    calls = module_calls(call)
-    if not calls or unit.weight.fqn != f"{unit.name}.weight" or module_stack(call)[-1][0] != unit.name:
-        return False
-    inside = [
-        node
-        for node in call.graph.nodes
-        if node.op == "call_function" and node is not call and module_calls(node)[-1:] == calls[-1:]
-    ]
-    return all(node.target is TRANSPOSE or _operator_name(node) in _SHAPE_OPERATORS for node in inside)
-
-
-def _operator_name(node: Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name).rpartition("::")[2]
-    return target if isinstance(target, str) else getattr(target, "__name__", "")

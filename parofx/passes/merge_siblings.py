@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule, Node
 
 from parofx.passes.base import PassReport, Stage, register
-from parofx.passes.graph import INT4_LINEAR, ROTATE, ROTATE_INT4_SIBLINGS, inherit_meta, nodes_calling
+from parofx.passes.graph import INT4_LINEAR, ROTATE, ROTATE_INT4_SIBLINGS, erase_unused, inherit_meta, nodes_calling
 
 
 @register
@@ -47,7 +47,7 @@ class MergeSiblings:
                 report.changed += len(together)
                 _merge(gm, together, order)
         if report.changed:
-            gm.graph.eliminate_dead_code()
+            erase_unused(gm.graph)
         return report
 
 

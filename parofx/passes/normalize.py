@@ -25,18 +25,23 @@ from parofx.passes.graph import (
     LINEAR,
     ROTATE,
     ROTATE_INT4_LINEAR,
+    SEMANTIC,
     TRANSPOSE,
     binding,
+    erase_unused,
     inherit_meta,
     nodes_calling,
+    operator_name,
 )
+from parofx.passes.mutation import separate_written_values
 
 aten = torch.ops.aten
 _LINEAR_CALLS = frozenset({torch.nn.functional.linear, LINEAR})
 _ADDMM_CALLS = frozenset({torch.addmm, aten.addmm.default})
 _MATMUL_CALLS = frozenset({torch.matmul, operator.matmul, torch.mm, aten.matmul.default, aten.mm.default})
-_TRANSPOSE_CALLS = frozenset({torch.t, TRANSPOSE, aten.numpy_T.default})
-_SWAP_CALLS = frozenset({torch.transpose, torch.swapaxes, aten.transpose.int})
+_METHODS = {"matmul": torch.matmul, "__matmul__": torch.matmul, "mm": torch.mm, "addmm": torch.addmm}
+_TRANSPOSES = frozenset({"t", "T", "mT", "H", "mH", "adjoint", "numpy_T", "matrix_H"})
+_SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 
 
 @register
@@ -54,21 +59,28 @@ class Normalize:
         for node in list(gm.graph.nodes):
             if "val" not in node.meta and "example_value" in node.meta:
                 node.meta["val"] = node.meta["example_value"]
+            if isinstance(node.target, torch._ops.OpOverloadPacket) and node.target.overloads() == ["default"]:  # type: ignore[no-untyped-call]
+                # Dynamo keeps the name a program calls; passes match overloads.
+                node.target = node.target.default
+            if node.target in SEMANTIC and node.kwargs:
+                names = [argument.name for argument in node.target._schema.arguments]
+                node.args, node.kwargs = tuple(_arguments(node, tuple(names))), {}
             if node.op == "call_module" and node.target == "_guards_fn":
                 gm.graph.erase_node(node)
                 report.changed += 1
         for node in list(gm.graph.nodes):
             operands = _as_linear(node)
             if operands is not None and not _is_normal(node, operands):
-                report.matched.append((node.name, f"{_target_name(node)} with a parameter weight"))
+                report.matched.append((node.name, f"{operator_name(node)} with a parameter weight"))
                 _rewrite(gm, node, operands)
                 report.changed += 1
         for node in nodes_calling(gm.graph, ROTATE_INT4_LINEAR):
             _split_rotation(gm, node)
             report.changed += 1
+        report.changed += separate_written_values(gm)
         report.changed += _share_equal_nodes(gm)
         if report.changed:
-            gm.graph.eliminate_dead_code()
+            erase_unused(gm.graph)
         set_stage(gm, Stage.CONVERTED if nodes_calling(gm.graph, INT4_LINEAR) else Stage.FLOAT)
         return report
 
@@ -82,24 +94,31 @@ class _Operands:
     transposed: bool
     bias: Node | None
 
+    @property
+    def broadcasts_bias(self) -> bool:
+        """Whether the bias is one value for all output channels."""
+        value = None if self.bias is None else _value(self.bias)
+        out_features = _value(self.parameter).shape[1 if self.transposed else 0]  # type: ignore[union-attr]
+        return value is not None and value.numel() == 1 != out_features
+
 
 def _as_linear(node: Node) -> _Operands | None:
     """Return the operands if a node is a product with a two-dimensional parameter, else None."""
-    if node.op == "call_method" and node.target in ("matmul", "mm"):
-        return _from_matmul(node.args[0], node.args[1])
-    if node.op != "call_function":
+    target = _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
+    if node.op not in ("call_function", "call_method") or {"alpha", "beta", "out"} & set(node.kwargs):
         return None
-    if node.target in _LINEAR_CALLS:
+    if target in _LINEAR_CALLS:
         x, weight, bias = _arguments(node, ("input", "weight", "bias"))
         read = _parameter_matrix(weight)
         return None if read is None else _Operands(x, read[0], read[1], bias)
-    if node.target in _MATMUL_CALLS:
+    if target in _MATMUL_CALLS:
         x, other = _arguments(node, ("input", "other"), aliases={"mat2": "other", "self": "input"})
         return _from_matmul(x, other)
-    if node.target in _ADDMM_CALLS and not {"alpha", "beta"} & set(node.kwargs):
+    if target in _ADDMM_CALLS:
         bias, x, other = _arguments(node, ("input", "mat1", "mat2"), aliases={"self": "input"})
         operands = _from_matmul(x, other)
-        if operands is None or not isinstance(bias, Node) or _dims(bias) != 1:
+        value = _value(bias) if isinstance(bias, Node) else None
+        if operands is None or value is None or value.dim() != 1:
             return None
         return _Operands(operands.x, operands.parameter, operands.transposed, bias)
     return None
@@ -120,28 +139,32 @@ def _parameter_matrix(value: Any) -> tuple[Node, bool] | None:
     bound = binding(value)
     if bound is not None:
         return (value, False) if bound.tensor.dim() == 2 and bound.tensor.is_floating_point() else None
-    if _is_transpose(value):
-        inner = _parameter_matrix(value.args[0])
-        return None if inner is None else (inner[0], not inner[1])
-    return None
+    inner = _parameter_matrix(_transposed_input(value))
+    return None if inner is None else (inner[0], not inner[1])
 
 
-def _is_transpose(node: Node) -> bool:
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("T", "mT")
-    if (node.op == "call_method" and node.target == "t") or node.target in _TRANSPOSE_CALLS:
-        return True
-    if node.target in _SWAP_CALLS or (node.op == "call_method" and node.target in ("transpose", "swapaxes")):
-        dims = node.args[1:]
-        return len(dims) == 2 and all(isinstance(dim, int) for dim in dims) and {d % 2 for d in dims} == {0, 1}  # type: ignore[operator]
-    if node.target in (torch.permute, aten.permute.default) or (node.op == "call_method" and node.target == "permute"):
-        order = node.args[1] if len(node.args) == 2 else node.args[1:]
-        return isinstance(order, list | tuple) and [dim % 2 for dim in order] == [1, 0]  # type: ignore[operator]
-    return False
+def _transposed_input(node: Node) -> object:
+    """Return what a node transposes, or None if it does something else."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    source, *dims = [*node.args, *node.kwargs.values()]
+    name = dims.pop() if node.target is getattr else operator_name(node)
+    if name in _TRANSPOSES:
+        return source
+    order = dims[0] if len(dims) == 1 else dims
+    if name not in (*_SWAPS, "permute") or not isinstance(order, list | tuple):
+        return None
+    axes = [dim % 2 for dim in order if isinstance(dim, int)]
+    if len(axes) != 2:
+        return None
+    first, second = axes
+    # Swapping two axes does not depend on their order; a permutation lists them.
+    swaps = first != second if name in _SWAPS else (first, second) == (1, 0)
+    return source if swaps else None
 
 
 def _is_normal(node: Node, operands: _Operands) -> bool:
-    if node.target is not LINEAR or node.kwargs:
+    if node.target is not LINEAR or node.kwargs or operands.broadcasts_bias:
         return False
     weight = node.args[1]
     if not operands.transposed:
@@ -157,10 +180,14 @@ def _rewrite(gm: GraphModule, node: Node, operands: _Operands) -> None:
             value = operands.parameter.meta.get("val")
             if value is not None:
                 weight.meta["val"] = value.t()
-        args = (operands.x, weight) if operands.bias is None else (operands.x, weight, operands.bias)
-        linear = gm.graph.call_function(LINEAR, args)
-    linear.meta = dict(node.meta)
-    node.replace_all_uses_with(linear)
+        alone = operands.bias is None or operands.broadcasts_bias
+        linear = gm.graph.call_function(LINEAR, (operands.x, weight) if alone else (operands.x, weight, operands.bias))
+        linear.meta = dict(node.meta)
+        result = linear
+        if operands.broadcasts_bias:
+            result = gm.graph.call_function(aten.add.Tensor, (linear, operands.bias))
+            result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
 
 
@@ -201,10 +228,7 @@ def _arguments(node: Node, names: tuple[str, ...], aliases: dict[str, str] | Non
     return [values.get(name) for name in names]
 
 
-def _dims(node: Node) -> int | None:
-    value = node.meta.get("val")
-    return value.dim() if isinstance(value, torch.Tensor) else None
-
-
-def _target_name(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
+def _value(node: Node) -> torch.Tensor | None:
+    bound = binding(node)
+    value = node.meta.get("val") if bound is None else bound.tensor
+    return value if isinstance(value, torch.Tensor) else None

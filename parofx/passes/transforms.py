@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -13,12 +13,10 @@ from parofx.passes.blocks import block_of
 from parofx.passes.graph import FAKE_QUANTIZE, ROTATE, TRANSPOSE, binding, get_attribute, nodes_calling, set_buffer
 from parofx.report import TransformReport
 
-_GRID = ".fake_quantize.scales"
-
 
 @dataclass
 class TransformedLinear:
-    """One weight behind a transform: its `fake_quantize` node and the linears that read it."""
+    """One weight behind a transform: its `fake_quantize` node and the linears that read it, in the graph's order."""
 
     name: str
     fake_quantize: Node
@@ -55,16 +53,12 @@ class TransformedLinear:
 
     def set_grid(self, gm: GraphModule, scales: Tensor, zeros: Tensor) -> None:
         """Switch fake quantization on with `scales` and `zeros (N, K/g)`."""
-        set_buffer(gm, f"{self.name}.fake_quantize.scales", scales)
-        set_buffer(gm, f"{self.name}.fake_quantize.zeros", zeros)
-        for node, value in zip(self.fake_quantize.args[1:3], (scales, zeros), strict=True):
-            assert isinstance(node, Node)
-            node.meta["val"] = value
+        _set_buffers(gm, self.fake_quantize.args[1:3], (scales, zeros))
 
     def grid(self, gm: GraphModule) -> tuple[Tensor, Tensor]:
         """Return `(scales, zeros)`; empty while fake quantization is off."""
-        name = f"{self.name}.fake_quantize"
-        return get_attribute(gm, f"{name}.scales"), get_attribute(gm, f"{name}.zeros")
+        scales, zeros = (get_attribute(gm, str(node.target)) for node in self.fake_quantize.args[1:3])  # type: ignore[union-attr]
+        return scales, zeros
 
 
 @dataclass
@@ -80,8 +74,8 @@ class Transform:
 
     def parameters(self, gm: GraphModule) -> tuple[Tensor, Tensor, Tensor]:
         """Return `(pairs, theta, channel_scales)`."""
-        names = (f"{self.name}.{part}" for part in ("pairs", "theta", "channel_scales"))
-        pairs, theta, channel_scales = (get_attribute(gm, name) for name in names)
+        nodes = self.inputs[0].args[1:4]
+        pairs, theta, channel_scales = (get_attribute(gm, str(node.target)) for node in nodes)  # type: ignore[union-attr]
         return pairs, theta, channel_scales
 
     def krot(self, gm: GraphModule) -> int:
@@ -106,9 +100,20 @@ class Transform:
 
     def set_parameters(self, gm: GraphModule, pairs: Tensor, theta: Tensor, channel_scales: Tensor) -> None:
         """Replace the rotation; θ and the channel scales are held in fp32, whatever precision they were rounded to."""
-        set_buffer(gm, f"{self.name}.pairs", pairs)
-        set_buffer(gm, f"{self.name}.theta", theta.float())
-        set_buffer(gm, f"{self.name}.channel_scales", channel_scales.float().reshape(1, -1))
+        _set_buffers(gm, self.inputs[0].args[1:4], (pairs, theta.float(), channel_scales.float().reshape(1, -1)))
+
+    def halve_parameters(self, gm: GraphModule) -> None:
+        """Hold θ and the channel scales as the checkpoint does, in fp16."""
+        pairs, theta, channel_scales = self.parameters(gm)
+        _set_buffers(gm, self.inputs[0].args[1:4], (pairs, theta.half(), channel_scales.half()))
+
+
+def _set_buffers(gm: GraphModule, nodes: Sequence[object], tensors: Sequence[Tensor]) -> None:
+    """Replace the tensors that `get_attr` nodes read."""
+    for node, tensor in zip(nodes, tensors, strict=True):
+        assert isinstance(node, Node)
+        set_buffer(gm, str(node.target), tensor)
+        node.meta["val"] = tensor
 
 
 def find_transforms(gm: GraphModule) -> list[Transform]:
@@ -125,81 +130,12 @@ def find_transforms(gm: GraphModule) -> list[Transform]:
         for rotated in transform.inputs:
             for call in rotated.users:
                 source = call.args[1]
-                assert isinstance(source, Node)
-                assert source.target is FAKE_QUANTIZE
-                weights.setdefault(source, []).append(call)
+                if isinstance(source, Node) and source.target is FAKE_QUANTIZE:
+                    weights.setdefault(source, []).append(call)
         for fake_quantize, calls in weights.items():
-            scales, bits = fake_quantize.args[1], fake_quantize.args[3]
-            assert isinstance(scales, Node)
+            bits = fake_quantize.args[3]
             assert isinstance(bits, int)
             transform.bits = bits
-            linear = TransformedLinear(str(scales.target).removesuffix(_GRID), fake_quantize, calls)
+            linear = TransformedLinear(fake_quantize.meta["parofx_linear"], fake_quantize, sorted(calls))
             transform.linears.append(linear)
     return list(transforms.values())
-
-
-def norm_power(rotated_input: Node) -> Tensor | None:
-    """Return `E[x²] (K,)` of a transform's input as far as the graph tells without data, or None.
-
-    Where the input is a normalized tensor times a gain made of parameters alone (RMSNorm, LayerNorm), its channels
-    have unit mean square before the gain, so `E[x²] = gain² (+ shift²)`.
-    """
-    node = rotated_input.args[0]
-    assert isinstance(node, Node)
-    channels = node.meta["val"].shape[-1] if isinstance(node.meta.get("val"), Tensor) else None
-    while _name(node) in _KEEPS_CHANNELS and isinstance(node.args[0], Node):
-        node = node.args[0]
-    if _name(node) == "layer_norm":
-        gain, shift = (_constant(_argument(node, index, key)) for index, key in ((2, "weight"), (3, "bias")))
-        if gain is None or gain.numel() != channels:
-            return None
-        return gain.square() + (0 if shift is None else shift.square())
-    if _name(node) == "rms_norm":
-        gain = _constant(_argument(node, 2, "weight"))
-        return gain.square() if gain is not None and gain.numel() == channels else None
-    if _name(node) in ("mul", "multiply"):
-        for operand in node.args[:2]:
-            gain = _constant(operand)
-            if gain is not None and gain.numel() == channels:
-                return gain.square()
-    return None
-
-
-#: What may stand between a norm and the linears that read it.
-_KEEPS_CHANNELS = frozenset({"to", "_to_copy", "type_as", "float", "dropout", "view", "reshape", "contiguous", "clone"})
-
-
-def _constant(value: object) -> Tensor | None:
-    """Evaluate a node that depends on parameters alone, `(K,)` in fp32, or return None."""
-    if not isinstance(value, Node):
-        return None
-    bound = binding(value)
-    if bound is not None:
-        return bound.tensor.detach().float().flatten()
-    if value.op == "placeholder" or not value.all_input_nodes:
-        return None
-    arguments = []
-    for argument in value.args:
-        constant = _constant(argument) if isinstance(argument, Node) else argument
-        if constant is None and isinstance(argument, Node):
-            return None
-        arguments.append(constant)
-    if value.op == "call_function" and callable(value.target) and _name(value) in ("add", "mul", "to", "_to_copy"):
-        if _name(value) in ("to", "_to_copy"):
-            return arguments[0]  # type: ignore[return-value]
-        result = value.target(*arguments)
-        return result if isinstance(result, Tensor) else None
-    if value.op == "call_method" and value.target in ("float", "to"):
-        return arguments[0]  # type: ignore[return-value]
-    return None
-
-
-def _argument(node: Node, index: int, key: str) -> object:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(key)
-
-
-def _name(node: Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name).rpartition("::")[2]
-    return target if isinstance(target, str) else getattr(target, "__name__", "")

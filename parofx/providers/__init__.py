@@ -6,13 +6,14 @@ reference comes last and has none.
 
 from __future__ import annotations
 
+from parofx.cpu_ops.provider import CpuProvider
 from parofx.providers.aten import AtenProvider
 from parofx.providers.base import Provider, SiblingCall
 from parofx.providers.reference import ReferenceProvider
 
 __all__ = ["Provider", "SiblingCall", "choose", "providers", "register"]
 
-_PROVIDERS: list[Provider] = [AtenProvider(), ReferenceProvider()]
+_PROVIDERS: list[Provider] = [CpuProvider(), AtenProvider(), ReferenceProvider()]
 
 
 def providers() -> tuple[Provider, ...]:
@@ -27,7 +28,7 @@ def register(provider: Provider) -> None:
 
 def choose(call: SiblingCall) -> tuple[Provider, list[tuple[str, str]]]:
     """Return the provider for a call, and why those before it were passed over."""
-    reasons = []
+    reasons: list[tuple[str, str]] = []
     for provider in _PROVIDERS:
         reason = provider.why_not(call)
         if reason is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,14 +111,14 @@ class AtenProvider:
         graph = call.gm.graph
         rotations = []
         for nodes in call.rotations:
-            tensors = [call.tensor(node) for node in nodes]
-            make_rotation = partial(pack_rotation, *tensors, call.group_size)
+            pairs, theta, channel_scales = (call.tensor(node) for node in nodes)
+            make_rotation = partial(pack_rotation, pairs, theta, channel_scales, call.group_size)
             rotations.append(call.constants("aten_rotation", (nodes[1], nodes[0], nodes[2]), make_rotation))
         weights = []
         for nodes in call.weights:
             make_weight = partial(pack_weight, *(call.tensor(node) for node in nodes))
             weights.append(call.constants("aten_weight", nodes, make_weight))
-        args = (
+        args: tuple[Any, ...] = (
             call.x,
             *([rotation[index] for rotation in rotations] for index in range(4)),
             *([weight[index] for weight in weights] for index in range(2)),

@@ -41,9 +41,8 @@ def test_jsonl_holds_texts_and_conversations(tmp_path: Path) -> None:
 def test_parquet_holds_texts_and_conversations(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(
-        pa.table({"text": ["one", None], "messages": [None, MESSAGES], "id": [1, 2]}), tmp_path / "a.parquet"
-    )
+    rows = pa.table({"text": ["one", None], "messages": [None, MESSAGES], "id": [1, 2]})
+    parquet.write_table(rows, tmp_path / "a.parquet")
     assert list(load_texts(tmp_path / "a.parquet")) == ["one", MESSAGES]
 
 
@@ -123,7 +122,7 @@ def test_a_dataset_that_cannot_be_read_says_what_to_do(monkeypatch: pytest.Monke
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="ConnectionError: no network.*pass the file"):
+    with pytest.raises(DataError, match=r"ConnectionError: no network.*pass the file"):
         list(load_texts("wikitext"))
 
 

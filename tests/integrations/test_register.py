@@ -35,7 +35,6 @@ def run(code: str, *options: str) -> str:
     "imports",
     [
         "import parofx; from transformers import LlamaForCausalLM",
-        "import transformers, parofx",
         "import transformers; transformers.AutoModelForCausalLM; import parofx",
         "import parofx.integrations.transformers",
     ],
@@ -96,7 +95,7 @@ import json, pathlib, tempfile, warnings
 {FOREIGN}
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import parofx
+    import parofx, parofx.errors
 print([one.category.__name__ for one in caught], str(caught[0].message))
 {REGISTERED}
 folder = pathlib.Path(tempfile.mkdtemp())
@@ -105,7 +104,7 @@ config = {{"architectures": ["LlamaForCausalLM"], "quantization_config": {{"quan
 warnings.simplefilter("ignore")
 try:
     parofx.load_pretrained(folder)
-except parofx.ParoError as error:
+except parofx.errors.CheckpointError as error:
     print(error)
 from parofx.integrations.transformers import register
 register(force=True)

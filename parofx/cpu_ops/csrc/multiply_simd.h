@@ -33,8 +33,8 @@ class Multiply {
 
  public:
   static void run(const MultiplyJob& job) {
-    std::memset(job.tile, 0, sizeof(float) * job.row_count * kBlockColumns);
     if (job.row_count <= Dot::kDirectRows) return direct<Dot::kDirectRows>(job);
+    std::memset(job.tile, 0, sizeof(float) * job.row_count * kBlockColumns);
     for (int64_t group = 0; group < job.activation->groups; ++group) {
       unpack(weight_of(job, group), job.unpacked);
       tiles(job, group);
@@ -46,17 +46,22 @@ class Multiply {
     return job.block.weight + group * kChunks * kChunkBytes;
   }
 
-  // tile[row] += scale · step · (dot − zero · sum)
-  static void fold(const MultiplyJob& job, int64_t group, int64_t row, const Acc (&dot)[kVectors]) {
+  static const uint32_t* row_of(const MultiplyJob& job, int64_t group, int64_t row) {
+    return job.activation->words + job.activation->row_index(group, job.row_begin + row) * kRowWords;
+  }
+
+  // total += scale · step · (dot − zero · sum)
+  [[gnu::always_inline]] static void fold(
+      const MultiplyJob& job, int64_t group, int64_t row, const Acc (&dot)[kVectors], Float (&total)[kVectors]) {
     const int64_t index = job.activation->row_index(group, job.row_begin + row);
     const Float sum = Simd::broadcast(job.activation->sum[index]);
     const Float step = Simd::broadcast(job.activation->scale[index]);
-    float* tile = job.tile + row * kBlockColumns;
+#pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
       const int64_t column = group * kBlockColumns + i * Simd::kLanes;
       const Float scale = Simd::mul(step, Simd::template load_as<DType::f16>(job.block.scales, column));
       const Float centred = Simd::fnmadd(Simd::load_bytes(job.block.zeros + column), sum, Dot::result(dot[i]));
-      Simd::store(tile + i * Simd::kLanes, Simd::fmadd(centred, scale, Simd::load(tile + i * Simd::kLanes)));
+      total[i] = Simd::fmadd(centred, scale, total[i]);
     }
   }
 
@@ -66,19 +71,25 @@ class Multiply {
       if constexpr (kRows > 1) direct<kRows - 1>(job);
       return;
     }
-    for (int64_t group = 0; group < job.activation->groups; ++group) direct_group<kRows>(job, group);
+    Float totals[kRows][kVectors];
+#pragma GCC unroll 64
+    for (int i = 0; i < kRows * kVectors; ++i) (&totals[0][0])[i] = Simd::zero();
+    for (int64_t group = 0; group < job.activation->groups; ++group) direct_group<kRows>(job, group, totals);
+    for (int i = 0; i < kRows * kVectors; ++i) Simd::store(job.tile + i * Simd::kLanes, (&totals[0][0])[i]);
   }
 
   template <int kRows>
-  static void direct_group(const MultiplyJob& job, int64_t group) {
+  [[gnu::always_inline]] static void direct_group(
+      const MultiplyJob& job, int64_t group, Float (&totals)[kRows][kVectors]) {
     // With few rows, several sums per column keep the multipliers busy for the length of their pipeline.
     constexpr int kWanted = kRows * kVectors >= 8 ? 1 : 8 / (kRows * kVectors);
     constexpr int kSums = kWanted < kSteps ? kWanted : kSteps;
     const uint8_t* weight = weight_of(job, group);
-    const uint32_t* x = job.activation->row(group, job.row_begin);
+    const uint32_t* x = row_of(job, group, 0);
     Acc acc[kRows][kVectors][kSums];
 #pragma GCC unroll 64
     for (int i = 0; i < kRows * kVectors * kSums; ++i) (&acc[0][0][0])[i] = Dot::zero();
+#pragma GCC unroll 2
     for (int chunk = 0; chunk < kChunks; ++chunk, weight += kChunkBytes) {
       Int words[kVectors];
 #pragma GCC unroll 4
@@ -109,7 +120,7 @@ class Multiply {
 #pragma GCC unroll 8
         for (int part = 1; part < kSums; ++part) dot[i] = Dot::join(dot[i], acc[row][i][part]);
       }
-      fold(job, group, row, dot);
+      fold(job, group, row, dot, totals[row]);
     }
   }
 
@@ -143,7 +154,7 @@ class Multiply {
       if constexpr (kRows > kSmallestTile) tile<kRows - 1>(job, group, begin, rows);
       return;
     }
-    const uint32_t* x = job.activation->row(group, job.row_begin + begin);
+    const uint32_t* x = row_of(job, group, begin);
     Acc acc[kRows][kVectors];
 #pragma GCC unroll 64
     for (int i = 0; i < kRows * kVectors; ++i) (&acc[0][0])[i] = Dot::zero();
@@ -161,7 +172,13 @@ class Multiply {
       }
     }
 #pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) fold(job, group, begin + row, acc[row]);
+    for (int row = 0; row < kRows; ++row) {
+      float* tile = job.tile + (begin + row) * kBlockColumns;
+      Float total[kVectors];
+      for (int i = 0; i < kVectors; ++i) total[i] = Simd::load(tile + i * Simd::kLanes);
+      fold(job, group, begin + row, acc[row], total);
+      for (int i = 0; i < kVectors; ++i) Simd::store(tile + i * Simd::kLanes, total[i]);
+    }
   }
 };
 

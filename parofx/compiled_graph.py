@@ -1,0 +1,153 @@
+"""A lowered graph, compiled by Inductor, with the packed tensors it reads besides its inputs.
+
+Dynamo hands parameters to a graph at every call, and lets modules of one class share it. Packed tensors are therefore
+kept per set of parameters, and used only while those are as they were when the tensors were packed: an in-place update,
+a replaced parameter or another module is seen at the next call and packed then. What is written through
+`parameter.data` in place (`p.data.copy_(…)`) leaves no trace that could be seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import Graph, GraphModule, Node
+
+from parofx.dynamo import placeholders, rebind_parameters, static_fakes, unbind_parameters
+from parofx.passes.derived import State, unchanged
+from parofx.passes.graph import binding, delete_attribute, get_attribute, nodes_calling
+
+logger = logging.getLogger("parofx")
+
+
+class _Packed(NamedTuple):
+    """Tensors made from one set of parameters, and the state these had."""
+
+    states: tuple[State, ...]
+    tensors: tuple[Tensor, ...]
+
+
+class CompiledGraph:
+    """Call a lowered graph with Dynamo's inputs.
+
+    Args:
+        lowered: the LOWERED copy of `source`; it is consumed.
+        source: Dynamo's graph, from which packed tensors are made anew.
+        names: position → dotted name of the inputs that are parameters.
+        example_inputs: of `source`.
+        lower: runs the passes on a copy of `source`.
+        differentiable: record gradients.
+        inductor: options of Inductor.
+    """
+
+    def __init__(
+        self,
+        lowered: GraphModule,
+        source: GraphModule,
+        names: Mapping[int, str],
+        example_inputs: Sequence[Any],
+        *,
+        lower: Callable[[GraphModule], GraphModule | None],
+        differentiable: bool,
+        inductor: Mapping[str, Any],
+    ) -> None:
+        self._source, self._names, self._lower = source, names, lower
+        self._differentiable = differentiable
+        nodes = placeholders(lowered)
+        made_from = lowered.meta.pop("parofx_made_from", set())
+        self._watched = [index for index, node in enumerate(nodes) if node in made_from]
+        constants = _lift_constants(lowered)
+        self._constant_names = tuple(constants)
+        # Float weights that were packed are read by nothing any more; sizes may be implied by what is left.
+        read = {node for node in nodes if node.users or node not in made_from}
+        self._kept = [index for index, node in enumerate(nodes) if node in read]
+        for node in nodes:
+            if node not in read:
+                lowered.graph.erase_node(node)
+        if hasattr(lowered, "_param_name_to_source"):
+            # It describes Dynamo's inputs, of which some are gone and some are ours.
+            del lowered._param_name_to_source
+        if not differentiable:
+            _stay_without_grad(lowered)
+        lowered.recompile()
+        self._packed: dict[int, _Packed] = {}
+        packed = self._remember(example_inputs, tuple(constants.values()))
+        # What stays in memory of a graph must not keep the model alive.
+        unbind_parameters([*nodes, *placeholders(source)])
+        with torch.set_grad_enabled(differentiable):
+            self._run = compile_fx(
+                lowered,
+                [example_inputs[index] for index in self._kept] + static_fakes(packed.tensors),
+                config_patches={**inductor},
+            )
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph."""
+        packed = self._packed.get(self._key(args))
+        if packed is None or not unchanged(packed.states, [args[index] for index in self._watched]):
+            packed = self._pack(args, known=packed is not None)
+        with torch.set_grad_enabled(self._differentiable):
+            return self._run(*(args[index] for index in self._kept), *packed.tensors)  # type: ignore[operator]
+
+    def _key(self, args: Sequence[Any]) -> int:
+        return id(args[self._watched[0]]) if self._watched else 0
+
+    def _pack(self, args: Sequence[Any], *, known: bool) -> _Packed:
+        if known:
+            logger.warning("paro: parameters changed since the graph was compiled; packing them anew")
+        else:
+            logger.info("paro: a compiled graph is called with other parameters; packing them")
+        gm = copy_graph(self._source)
+        rebind_parameters(gm, self._names, args)
+        lowered = self._lower(gm)
+        assert lowered is not None
+        return self._remember(args, tuple(get_attribute(lowered, name) for name in self._constant_names))
+
+    def _remember(self, args: Sequence[Any], tensors: tuple[Tensor, ...]) -> _Packed:
+        for key in [key for key, packed in self._packed.items() if any(not state.alive() for state in packed.states)]:
+            del self._packed[key]
+        packed = _Packed(tuple(State.of(args[index]) for index in self._watched), tensors)
+        self._packed[self._key(args)] = packed
+        return packed
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """Copy a graph and its module's attributes, sharing tensors."""
+    graph = Graph()
+    output = graph.graph_copy(gm.graph, {})
+    graph.output(output)
+    return GraphModule(gm, graph)
+
+
+def _lift_constants(gm: GraphModule) -> dict[str, Tensor]:
+    """Turn `get_attr` tensors into inputs behind the graph's own, and return them in order."""
+    constants: dict[str, Tensor] = {}
+    lifted: dict[int, Node] = {}
+    inputs = placeholders(gm)
+    first_after_inputs = inputs[-1].next if inputs else next(iter(gm.graph.nodes))
+    for node in [node for node in gm.graph.nodes if node.op == "get_attr"]:
+        bound = binding(node)
+        if bound is None:
+            continue
+        known = lifted.get(id(bound.tensor))
+        if known is None:
+            with gm.graph.inserting_before(first_after_inputs):
+                known = gm.graph.placeholder("packed_" + str(node.target).replace(".", "_"))
+            lifted[id(bound.tensor)] = known
+            constants[str(node.target)] = bound.tensor
+        node.replace_all_uses_with(known)
+        if node is first_after_inputs:
+            first_after_inputs = node.next
+        gm.graph.erase_node(node)
+        delete_attribute(gm, str(node.target))
+    return constants
+
+
+def _stay_without_grad(gm: GraphModule) -> None:
+    """Remove switches of the grad mode: at the end of a `no_grad` region they would turn it on again."""
+    for node in nodes_calling(gm.graph, torch._C._set_grad_enabled):
+        gm.graph.erase_node(node)

@@ -1,0 +1,55 @@
+"""The native CPU kernels as a provider of the lowering."""
+
+from __future__ import annotations
+
+import operator
+from functools import partial
+
+import torch
+from torch.fx import Node
+
+from parofx import cpu_ops
+from parofx.cpu_ops.layout import GROUP_SIZES, pack_rotation, pack_weight
+from parofx.providers.base import SiblingCall
+
+#: Multiply activations as they are (1 would quantize them to int8 after the rotation).
+EXACT_ACTIVATIONS = 0
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class CpuProvider:
+    """Serves every dtype, shape and number of rows on CPU, where a compiler is at hand."""
+
+    name = "cpu"
+
+    def why_not(self, call: SiblingCall) -> str | None:
+        """Return why the native kernels do not serve a call, or None."""
+        if call.device.type != "cpu":
+            return f"device {call.device.type} is not cpu"
+        if call.dtype not in _DTYPES:
+            return f"{call.dtype} is not one of {_DTYPES}"
+        if call.group_size not in GROUP_SIZES:
+            return f"group_size {call.group_size} is not one of {GROUP_SIZES}"
+        if not call.is_bound():
+            return "the packed tensors are not known when the graph is lowered"
+        if not cpu_ops.is_available():
+            return f"the kernels are not available: {cpu_ops.why_unavailable()}"
+        return None
+
+    def emit(self, call: SiblingCall) -> list[Node]:
+        """Insert one operator call on weights packed for the kernels."""
+        graph = call.gm.graph
+        rotations = []
+        for pairs, theta, channel_scales in call.rotations:
+            tensors = [call.tensor(node) for node in (pairs, theta, channel_scales)]
+            make = partial(lambda *args: (pack_rotation(*args),), *tensors, call.group_size)
+            rotations.append(call.constants("cpu_rotation", (theta, pairs, channel_scales), make)[0])
+        weights = []
+        for nodes in call.weights:
+            pack = partial(pack_weight, *(call.tensor(node) for node in nodes), call.group_size)
+            weights.append(call.constants("cpu_weight", nodes, pack))
+        packed = [[weight[index] for weight in weights] for index in range(3)]
+        args = (call.x, rotations, *packed, list(call.biases), call.group_size, EXACT_ACTIVATIONS)
+        merged = graph.call_function(torch.ops.parofx_cpu.rotate_int4_linear.default, args)
+        merged.meta = dict(call.node.meta)
+        return [graph.call_function(operator.getitem, (merged, index)) for index in range(len(weights))]

@@ -1,0 +1,168 @@
+"""What tests of passes share: models written as one function, both doors into a graph, random transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy_writer
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from parofx import affine, pairing
+from parofx.calibration.fitting import rotate_weight
+from parofx.config import CalibrationConfig, ParoConfig
+from parofx.dynamo import bind_parameters
+from parofx.passes import Normalize, Stage, capture
+from parofx.passes.base import set_stage
+from parofx.passes.graph import INT4_LINEAR, get_attribute, nodes_calling
+from parofx.passes.linears import find_units
+from parofx.passes.transforms import find_transforms
+
+DOORS = ("export", "dynamo")
+#: Fits next to nothing: what is tested is the graph.
+QUICK = CalibrationConfig(steps=2, clip_ratios=(1.0,))
+#: Rewrites that only reorder fp32 sums.
+EXACT_IN_FP32 = 1e-5
+
+
+class Model(nn.Module):
+    """A forward written as a function of the module, its parts given by name."""
+
+    def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.function = forward
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(self, *args)
+
+
+def linear(in_features: int = 64, out_features: int = 64, *, bias: bool = True, seed: int = 0) -> nn.Linear:
+    """Return a linear whose bias is made of fp16 values, as checkpoints hold it."""
+    module = nn.Linear(in_features, out_features, bias=bias)
+    module.weight.data = matrix(out_features, in_features, seed=seed)
+    if bias:
+        module.bias.data = vector(out_features, seed=seed)
+    return module
+
+
+def matrix(rows: int, columns: int, *, seed: int = 0) -> nn.Parameter:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return nn.Parameter(torch.randn(rows, columns, generator=generator) / max(rows, columns) ** 0.5)
+
+
+def vector(size: int, *, seed: int = 0) -> nn.Parameter:
+    return nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(seed + 2)).half().float())
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Captured:
+    """A normalized graph and how to call it with the model's inputs."""
+
+    gm: GraphModule
+    arguments: Callable[..., tuple[Any, ...]]
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            output = self.gm(*self.arguments(*(value.clone() for value in inputs)))
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+def enter(door: str, model: Any, *inputs: Tensor) -> Captured:
+    """Return the FLOAT graph of a model through `torch.export` or Dynamo."""
+    if door == "export":
+        return Captured(capture(model, *(value.clone() for value in inputs)), lambda *values: values)
+    gm, given, positions = dynamo_graph(model, *(value.clone() for value in inputs))
+    Normalize().run(gm)
+    gm.graph.lint()
+    gm.recompile()
+
+    def arguments(*values: Tensor) -> tuple[Any, ...]:
+        filled = list(given)
+        for position, value in zip(positions, values, strict=True):
+            filled[position] = value
+        return tuple(filled)
+
+    return Captured(gm, arguments)
+
+
+def dynamo_graph(model: Any, *inputs: Tensor) -> tuple[GraphModule, list[Any], list[int]]:
+    """Return Dynamo's graph with bound parameters, its inputs, and where the model's own inputs are among them."""
+    found: list[tuple[GraphModule, list[Any]]] = []
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        bind_parameters(gm, example_inputs)
+        found.append((gm, list(example_inputs)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*inputs)
+    ((gm, given),) = found
+    positions = [next(index for index, one in enumerate(given) if one is value) for value in inputs]
+    return gm, given, positions
+
+
+def randomize(gm: GraphModule, seed: int = 0) -> None:
+    """Give every transform random pairs, angles and channel scales, as fp16 holds them."""
+    generator = torch.Generator().manual_seed(seed)
+    for index, transform in enumerate(find_transforms(gm)):
+        _, theta, channel_scales = transform.parameters(gm)
+        krot, in_features = theta.shape[0], channel_scales.shape[1]
+        pairs = pairing.make_pairs(in_features, transform.group_size, krot, method="greedy", seed=seed + index)
+        angles = torch.randn(theta.shape, generator=generator).half()
+        scales = (0.5 + 1.5 * torch.rand(channel_scales.shape, generator=generator)).half()
+        transform.set_parameters(gm, pairs.to(theta.device), angles, scales)
+
+
+def round_to_nearest(gm: GraphModule) -> None:
+    """Choose every weight's grid by min and max under the transforms as they are: CALIBRATED without fitting."""
+    for transform in find_transforms(gm):
+        for one in transform.linears:
+            rotated = rotate_weight(one.weight, *transform.parameters(gm), transform.group_size)
+            one.set_grid(gm, *affine.choose_qparams(rotated, transform.bits, transform.group_size))
+    set_stage(gm, Stage.CALIBRATED)
+
+
+def config(**options: Any) -> ParoConfig:
+    return ParoConfig(calibration=QUICK, **options)
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    """Return `max|value − expected| / max|expected|`, computed in fp64; NaN is infinite."""
+    assert value.shape == expected.shape
+    error = (value.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
+    return float(error) if bool(torch.isfinite(error)) else float("inf")
+
+
+def eager(model: Any, *inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        output = model(*(value.clone() for value in inputs))
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def unit_parameters(gm: GraphModule) -> dict[str, tuple[str, bool]]:
+    """Return unit name → (parameter name, read transposed) of a FLOAT graph."""
+    return {unit.name: (unit.weight.fqn, unit.transposed) for unit in find_units(gm)}
+
+
+def dequantized_weights(gm: GraphModule) -> dict[str, Tensor]:
+    """Return the fp64 weight `(N, K)` each linear of a CONVERTED graph multiplies by, computed by NumPy."""
+    weights = {}
+    for node in nodes_calling(gm.graph, INT4_LINEAR):
+        rotated, *packed = node.args[:4]
+        nodes = dict(zip(("pairs", "theta", "channel_scales"), rotated.args[1:4], strict=True))
+        nodes |= dict(zip(("qweight", "qzeros", "scales"), packed, strict=True))
+        arrays = {name: get_attribute(gm, source.target).numpy() for name, source in nodes.items()}
+        weights[node.meta["parofx_linear"]] = torch.from_numpy(numpy_writer.dense_weight(arrays))
+    return weights
