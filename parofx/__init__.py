@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from parofx.nn import ParoLinear
     from parofx.passes.capture import capture
     from parofx.pipeline import Pipeline
-    from parofx.quantize import quantize
+    from parofx.quantization import quantize
     from parofx.report import FloatReason, QuantizationReport
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ _PUBLIC = {
     "load_pretrained": "parofx.checkpoint",
     "lower": "parofx.api",
     "prepare": "parofx.api",
-    "quantize": "parofx.quantize",
+    "quantize": "parofx.quantization",
     "save_pretrained": "parofx.checkpoint",
 }
 

@@ -98,7 +98,7 @@ def explain(model: nn.Module, *example_inputs: Any, config: ParoConfig | None = 
     Returns:
         One row per linear; `print` it.
     """
-    from parofx.quantize import _output_heads
+    from parofx.quantization import _output_heads
 
     gm = capture(model, *example_inputs)
     pipeline = Pipeline([InsertTransforms(config or ParoConfig(), _output_heads(model), replace_modules=True)])

@@ -72,7 +72,8 @@ def plot_weights(
     axes.set_ylabel("groups")
     axes.legend(frameon=False)
     figure.suptitle(title)
-    return _finish(figure, path)
+    finished: Figure = _finish(figure, path)
+    return finished
 
 
 def plot_errors(runs: Mapping[str, Sequence[LinearReport]], *, path: str | Path | None = None) -> Figure:
@@ -107,7 +108,8 @@ def plot_errors(runs: Mapping[str, Sequence[LinearReport]], *, path: str | Path 
     figure.supylabel("expected squared error of the output,\nrelative to the output")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(runs), frameon=False)
-    return _finish(figure, path)
+    finished: Figure = _finish(figure, path)
+    return finished
 
 
 def _relative_steps(weight: Tensor, bits: int, group_size: int) -> Tensor:

@@ -115,6 +115,8 @@ def rotate(v: Tensor, pairs: Tensor, theta: Tensor, scales: Tensor, group_size: 
         ShapeError: if a tensor does not fit.
     """
     check_shapes(v.shape[-1], pairs, theta, scales, group_size)
+    if not v.is_floating_point():
+        raise ShapeError(f"v must be a floating tensor, got {v.dtype}")
     dtype = compute_dtype(v.dtype)
     form = _gather_form_for(dtype, pairs, theta, group_size)
     channels = _channels_first(v.to(dtype) * scales.reshape(-1).to(dtype))
@@ -128,6 +130,8 @@ def inverse_rotate(v: Tensor, pairs: Tensor, theta: Tensor, scales: Tensor, grou
         ShapeError: if a tensor does not fit.
     """
     check_shapes(v.shape[-1], pairs, theta, scales, group_size)
+    if not v.is_floating_point():
+        raise ShapeError(f"v must be a floating tensor, got {v.dtype}")
     dtype = compute_dtype(v.dtype)
     form = _gather_form_for(dtype, pairs, theta, group_size)
     channels = _undo_rounds(_channels_first(v.to(dtype)), form)

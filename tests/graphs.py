@@ -41,6 +41,34 @@ class Model(nn.Module):
         return self.function(self, *args)
 
 
+class Layer(nn.Module):
+    """A block: norm, two siblings, one more linear, a residual."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.norm.weight.data = 1 + 0.3 * vector(64, seed=seed).data
+        self.gate, self.up = linear(64, 128, seed=seed), linear(64, 128, bias=False, seed=seed + 50)
+        self.down = linear(128, 64, seed=seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized = self.norm(x)
+        return x + self.down(torch.relu(self.gate(normalized)) * self.up(normalized))
+
+
+class Stack(nn.Module):
+    """Repeated blocks."""
+
+    def __init__(self, count: int = 2, seed: int = 0) -> None:
+        super().__init__()
+        self.whatever = nn.ModuleList(Layer(seed + index) for index in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.whatever:
+            x = layer(x)
+        return x
+
+
 def linear(in_features: int = 64, out_features: int = 64, *, bias: bool = True, seed: int = 0) -> nn.Linear:
     """Return a linear whose bias is made of fp16 values, as checkpoints hold it."""
     module = nn.Linear(in_features, out_features, bias=bias)

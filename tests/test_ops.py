@@ -375,3 +375,12 @@ def test_pinned_cases():
         RotateLinearCase(batch=(2, 0), groups=1, group_size=128, krot=8, words=3, bias=True, dtype=torch.float16),
     ):
         check_rotate_int4_linear_case(paro.rotate_int4_linear, case, tolerances=WIDE_OPERANDS)
+
+
+def test_integer_activations_are_refused_rather_than_truncated():
+    packed = (torch.zeros(32, 1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 8).half())
+    with pytest.raises(ShapeError, match=r"x must be a floating tensor, got torch\.int64"):
+        torch.ops.parofx.int4_linear(torch.ones(2, 32, dtype=torch.int64), *packed, None, 32)
+    rotation = (torch.arange(32).to(torch.int16)[None], torch.zeros(1, 16), torch.ones(32))
+    with pytest.raises(ShapeError, match=r"v must be a floating tensor, got torch\.int64"):
+        torch.ops.parofx.rotate(torch.ones(2, 32, dtype=torch.int64), *rotation, 32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import TracebackType
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from parofx.passes.transforms import Transform
@@ -23,6 +24,7 @@ class BlockProgress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
+            console=Console(stderr=True),
             disable=not enabled,
         )
         self._task = self._bar.add_task("", total=len(transforms), status="")

@@ -155,7 +155,8 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -
     temporary = path.with_name(path.name + ".tmp")
     # Safetensors refuses tensors that share memory; what crosses a border may be views of one tensor.
     separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(separate, str(temporary), metadata)
+    # Without tensors, empty metadata would become a header that cannot be read.
+    save_file(separate, str(temporary), metadata or None)
     os.replace(temporary, path)
 
 

@@ -35,7 +35,7 @@ def passes(
         raise ConfigError(f"no pass is called {name!r}; there are {sorted(registry)}")
     cls = registry[name]
     console.print(f"{cls.name}: {_stages(cls)}\n\n{_documentation(cls)}", markup=False, highlight=False)
-    for option in dataclasses.fields(cls):
+    for option in dataclasses.fields(cls):  # type: ignore[arg-type]  # every pass is a dataclass
         default = "" if option.default is dataclasses.MISSING else f" = {option.default!r}"
         console.print(f"  {option.name}: {option.type}{default}", markup=False, highlight=False)
 

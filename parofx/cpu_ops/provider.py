@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from parofx import cpu_ops
@@ -41,15 +43,20 @@ class CpuProvider:
         graph = call.gm.graph
         rotations = []
         for pairs, theta, channel_scales in call.rotations:
-            tensors = [call.tensor(node) for node in (pairs, theta, channel_scales)]
-            make = partial(lambda *args: (pack_rotation(*args),), *tensors, call.group_size)
+            tensors = call.tensor(pairs), call.tensor(theta), call.tensor(channel_scales)
+            make = partial(_pack_rotation, *tensors, call.group_size)
             rotations.append(call.constants("cpu_rotation", (theta, pairs, channel_scales), make)[0])
         weights = []
         for nodes in call.weights:
-            pack = partial(pack_weight, *(call.tensor(node) for node in nodes), call.group_size)
+            qweight, qzeros, scales = map(call.tensor, nodes)
+            pack = partial(pack_weight, qweight, qzeros, scales, call.group_size)
             weights.append(call.constants("cpu_weight", nodes, pack))
-        packed = [[weight[index] for weight in weights] for index in range(3)]
+        packed: list[Any] = [[weight[index] for weight in weights] for index in range(3)]
         args = (call.x, rotations, *packed, list(call.biases), call.group_size, EXACT_ACTIVATIONS)
         merged = graph.call_function(torch.ops.parofx_cpu.rotate_int4_linear.default, args)
         merged.meta = dict(call.node.meta)
         return [graph.call_function(operator.getitem, (merged, index)) for index in range(len(weights))]
+
+
+def _pack_rotation(pairs: Tensor, theta: Tensor, channel_scales: Tensor, group_size: int) -> tuple[Tensor]:
+    return (pack_rotation(pairs, theta, channel_scales, group_size),)

@@ -123,6 +123,8 @@ class _DataRun:
         self._batches = list(settings.batches or ())
         if not self._batches:
             raise DataError("calibration must hold at least one batch, got none; pass calibration=None for data-free")
+        for index, batch in enumerate(self._batches):
+            _check_batch(index, batch)
         self._statistics: dict[str, InputStatistics] = {}
 
     def run(self) -> None:
@@ -162,7 +164,12 @@ class _DataRun:
     def _fit(self, name: str) -> FittedTransform:
         statistics = self._statistics.pop(name)
         device = self._transforms[name].parameters(self._gm)[0].device
-        gram, power = statistics.block_gram.to(device), statistics.power.to(device)
+        power: Tensor | None = None
+        gram: Tensor | None = None
+        if statistics.count:
+            gram, power = statistics.block_gram.to(device), statistics.power.to(device)
+        else:
+            logger.warning("no calibration row reaches %s; it is fitted on its weights alone", name)
         fitted = self._settings.fit(self._gm, self._transforms[name], power, gram)
         self._apply(name, fitted)
         return fitted
@@ -178,3 +185,14 @@ class _DataRun:
         options["calibration"] = {k: v for k, v in options["calibration"].items() if k not in ("work_dir", "resume")}
         digest = fingerprint(options, self._gm.named_parameters(), self._batches)
         return CalibrationStore(calibration.work_dir, digest, resume=calibration.resume)
+
+
+def _check_batch(index: int, batch: Mapping[str, Any]) -> None:
+    empty = [name for name, value in batch.items() if isinstance(value, Tensor) and value.numel() == 0]
+    mask = batch.get("attention_mask")
+    if not empty and isinstance(mask, Tensor) and not mask.any():
+        empty = ["attention_mask"]
+    if empty:
+        raise DataError(
+            f"a calibration batch must hold rows: batch {index} has none in {', '.join(empty)}; leave it out"
+        )

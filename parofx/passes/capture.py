@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from parofx.errors import CaptureError
 from parofx.passes.normalize import Normalize
@@ -82,12 +83,13 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = list(inspect.signature(model.forward).parameters)
-    named = dict(zip(names, args, strict=False)) | kwargs
-    return {
-        name: dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
-        for name, value in named.items()
-    }
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes: dict[str, Any] = pytree.tree_map(_dynamic_sizes, dict(bound))
+    return shapes
+
+
+def _dynamic_sizes(value: object) -> dict[int, Any] | None:
+    return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
 
 
 def _input_names(gm: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, tuple[str, ...]]:

@@ -63,7 +63,9 @@ def derived(kind: object, sources: Sequence[Tensor], make: Callable[[], _Value])
         make: computes the value; it must not keep the sources alive.
     """
     with _lock:
-        entries: dict[Any, tuple[tuple[State, ...], _Value]] = _cache.setdefault(sources[0], {})
+        if sources[0] not in _cache:
+            _cache[sources[0]] = {}
+        entries: dict[Any, tuple[tuple[State, ...], _Value]] = _cache[sources[0]]
         known = entries.get(kind)
         if known is not None and unchanged(known[0], sources):
             return known[1]

@@ -16,33 +16,15 @@ from parofx.passes.blocks import WHOLE_GRAPH, block_of, find_blocks, split_at_bl
 from parofx.passes.graph import LINEAR, nodes_calling
 
 
-class Layer(nn.Module):
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.up, self.down = graphs.linear(64, 128, seed=seed), graphs.linear(128, 64, seed=seed)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(x).relu())
-
-
-class Stack(nn.Module):
-    def __init__(self, count: int = 2, seed: int = 0) -> None:
-        super().__init__()
-        self.whatever = nn.ModuleList(Layer(seed + index) for index in range(count))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.whatever:
-            x = layer(x)
-        return x
-
-
 def blocks(model: Any, door: str = "export") -> tuple[str, ...]:
     return find_blocks(graphs.enter(door, model.eval(), graphs.rows(3, 64)).gm)
 
 
 @pytest.mark.parametrize("door", DOORS)
 def test_repeated_modules_of_one_class_are_blocks(door: str) -> None:
-    model = Model(lambda m, x: m.head(m.stack(m.stem(x))), stem=graphs.linear(), stack=Stack(3), head=graphs.linear())
+    model = Model(
+        lambda m, x: m.head(m.stack(m.stem(x))), stem=graphs.linear(), stack=graphs.Stack(3), head=graphs.linear()
+    )
     assert blocks(model, door) == tuple(f"stack.whatever.{index}" for index in range(3))
 
 
@@ -55,7 +37,7 @@ def test_of_nested_repetitions_the_outermost_counts() -> None:
     class Outer(nn.Module):
         def __init__(self, seed: int) -> None:
             super().__init__()
-            self.inner, self.own = Stack(2, seed), graphs.linear()
+            self.inner, self.own = graphs.Stack(2, seed), graphs.linear()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.own(self.inner(x))
@@ -64,12 +46,12 @@ def test_of_nested_repetitions_the_outermost_counts() -> None:
 
 
 def test_a_repetition_of_nothing_but_repetitions_is_taken_apart() -> None:
-    model = Model(lambda m, x: m.decoder(m.encoder(x)), encoder=Stack(2), decoder=Stack(2, seed=5))
+    model = Model(lambda m, x: m.decoder(m.encoder(x)), encoder=graphs.Stack(2), decoder=graphs.Stack(2, seed=5))
     assert blocks(model) == ("encoder.whatever.0", "encoder.whatever.1", "decoder.whatever.0", "decoder.whatever.1")
 
 
 def test_blocks_are_in_the_order_they_first_run() -> None:
-    layers = nn.ModuleList(Layer(seed) for seed in range(3))
+    layers = nn.ModuleList(graphs.Layer(seed) for seed in range(3))
     model = Model(lambda m, x: m.layers[1](m.layers[2](m.layers[0](m.layers[2](x)))), layers=layers)
     assert blocks(model) == ("layers.2", "layers.0", "layers.1")
 
@@ -89,9 +71,9 @@ def test_splitting_keeps_the_output(name: str) -> None:
 
 
 def test_nodes_outside_of_all_blocks_belong_to_the_whole_graph() -> None:
-    model = Model(lambda m, x: m.head(m.stack(x)), stack=Stack(2), head=graphs.linear()).eval()
+    model = Model(lambda m, x: m.head(m.stack(x)), stack=graphs.Stack(2), head=graphs.linear()).eval()
     gm = capture(model, graphs.rows(3, 64))
     *inside, head = nodes_calling(gm.graph, LINEAR)
     found = find_blocks(gm)
     assert block_of(head, found) == WHOLE_GRAPH
-    assert [block_of(node, found) for node in inside] == [found[0]] * 2 + [found[1]] * 2
+    assert [block_of(node, found) for node in inside] == [found[0]] * 3 + [found[1]] * 3

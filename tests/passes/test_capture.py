@@ -68,6 +68,26 @@ def test_sizes_are_dynamic_where_the_model_allows() -> None:
     assert torch.equal(gm(other), graphs.eager(model, other))
 
 
+def test_sizes_of_collected_and_nested_inputs_are_dynamic() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = two_layers()
+
+        def forward(self, *args: Tensor, pair: tuple[Tensor, Tensor], more: dict[str, Tensor]) -> Tensor:
+            return self.inner(args[0] + pair[1]) + more["shift"]
+
+    def inputs(batch: int) -> list[Tensor]:
+        return [graphs.rows(batch, 64, seed=seed) for seed in range(4)]
+
+    model = Nested().eval()
+    x, first, second, shift = inputs(3)
+    gm = capture(model, x, pair=(first, second), more={"shift": shift})
+    x, first, second, shift = inputs(5)
+    given = {"pair": (first, second), "more": {"shift": shift}}
+    assert torch.equal(gm(x, **given), model(x, **given))
+
+
 def test_sizes_are_fixed_where_the_model_fixes_them() -> None:
     model = Model(lambda module, x: module.inner(x.reshape(3, 64)), inner=two_layers()).eval()
     gm = capture(model, graphs.rows(3, 64))

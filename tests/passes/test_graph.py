@@ -86,7 +86,6 @@ def test_bindings() -> None:
         ("a.pairs", {"a__pairs": torch.ones(2), "a__pairs_": torch.ones(2)}, "a.pairs__"),
         ("w.pairs", {"w": torch.ones(2)}, "w_.pairs"),
         ("a.w.pairs", {"a__w": torch.ones(2)}, "a.w_.pairs"),
-        ("a.w.pairs", {"a__w": torch.ones(2), "a__w___pairs": torch.ones(2)}, "a.w_.pairs"),
         ("a", {"a__w": torch.ones(2)}, "a_"),
     ],
 )

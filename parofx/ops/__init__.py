@@ -1,0 +1,35 @@
+"""The semantic operators `torch.ops.parofx.*`: checkpoint layout, any device, opaque to the compiler.
+
+Each block of the files here holds one operator: schema and reference, fake kernel, autograd. Passes match these
+operators; providers replace them by operators on kernel layouts. The references compute in fp32 (fp64 for fp64 inputs)
+and round once.
+
+| operator | returns |
+|-|-|
+| `rotate(v, pairs, theta, scales, group_size)` | `ROT(v ⊙ scales)` |
+| `fake_quantize(w, scales, zeros, bits, group_size)` | `w` rounded to its grid; a copy while `scales` is empty |
+| `int4_linear(x, qweight, qzeros, scales, bias, group_size)` | `x @ Wq + bias` |
+| `rotate_int4_linear(x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, group_size)` | both in one |
+| `rotate_int4_siblings(x, pairs[], theta[], …)` | one output per linear that reads the same `x` |
+"""
+
+from __future__ import annotations
+
+from parofx.ops.linear import int4_linear, int4_linear_backward, rotate_int4_linear
+from parofx.ops.rounding import fake_quantize, fake_quantize_backward
+from parofx.ops.siblings import differentiate_siblings, rotate_int4_siblings, save_siblings, spread_bias
+from parofx.ops.transform import rotate, rotate_backward
+
+__all__ = [
+    "differentiate_siblings",
+    "fake_quantize",
+    "fake_quantize_backward",
+    "int4_linear",
+    "int4_linear_backward",
+    "rotate",
+    "rotate_backward",
+    "rotate_int4_linear",
+    "rotate_int4_siblings",
+    "save_siblings",
+    "spread_bias",
+]

@@ -1,0 +1,136 @@
+"""The operators `parofx::int4_linear` and `parofx::rotate_int4_linear`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parofx import packing, rotation
+from parofx.errors import ShapeError
+
+
+def reference_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `x @ Wq + bias`, computed in fp32 (fp64 for fp64) and rounded once."""
+    dtype = rotation.compute_dtype(x.dtype)
+    weight = packing.dequantize_linear(qweight, qzeros, scales, dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+
+
+def check_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> None:
+    """Check that the tensors of one int4 linear fit together.
+
+    Raises:
+        ShapeError: saying what was expected and what came.
+    """
+    packing.check_packed_shapes(qweight, qzeros, scales)
+    if x.shape[-1] != qweight.shape[0] or scales.shape[0] * group != qweight.shape[0]:
+        raise ShapeError(
+            f"x (…, K), qweight (K, N/8) and scales (K/{group}, N) must agree, got {tuple(x.shape)}, "
+            f"{tuple(qweight.shape)} and {tuple(scales.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (scales.shape[1],):
+        raise ShapeError(f"bias must be ({scales.shape[1]},), got {tuple(bias.shape)}")
+    if not x.is_floating_point():
+        raise ShapeError(f"x must be a floating tensor, got {x.dtype}")
+
+
+@torch.library.custom_op("parofx::int4_linear", mutates_args=())
+def int4_linear(
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """Return `x @ Wq + bias`, `(…, N)`, with `Wq = (q − z)·scales` and `x (…, K)` already rotated."""
+    check_linear(x, qweight, qzeros, scales, bias, group_size)
+    return reference_linear(x, qweight, qzeros, scales, bias)
+
+
+@int4_linear.register_fake
+def _(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+    check_linear(x, qweight, qzeros, scales, bias, group_size)
+    return x.new_empty((*x.shape[:-1], scales.shape[1]))
+
+
+@torch.library.custom_op("parofx::int4_linear_backward", mutates_args=())
+def int4_linear_backward(grad: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+    """Return the gradient of `int4_linear` for `x`, `grad @ Wqᵀ`."""
+    dtype = rotation.compute_dtype(grad.dtype)
+    weight = packing.dequantize_linear(qweight, qzeros, scales, dtype)
+    return (grad.to(dtype) @ weight).to(grad.dtype)
+
+
+@int4_linear_backward.register_fake
+def _(grad: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], qweight.shape[0]))
+
+
+def _grad_bias(ctx: Any, grad: Tensor) -> Tensor | None:
+    if ctx.bias_dtype is None:
+        return None
+    return grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+
+
+def _save_int4_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, qweight, qzeros, scales, bias, _ = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(qweight, qzeros, scales)
+
+
+def _differentiate_int4_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = torch.ops.parofx.int4_linear_backward(grad, *ctx.saved_tensors)
+    return grad_x, None, None, None, _grad_bias(ctx, grad), None
+
+
+int4_linear.register_autograd(_differentiate_int4_linear, setup_context=_save_int4_linear)
+
+
+@torch.library.custom_op("parofx::rotate_int4_linear", mutates_args=())
+def rotate_int4_linear(
+    x: Tensor,
+    pairs: Tensor,
+    theta: Tensor,
+    channel_scales: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """Return `ROT(x ⊙ channel_scales) @ Wq + bias`, `(…, N)`, rounded once to `x`'s dtype."""
+    check_linear(x, qweight, qzeros, scales, bias, group_size)
+    rotated = rotation.rotate(x.to(rotation.compute_dtype(x.dtype)), pairs, theta, channel_scales, group_size)
+    return reference_linear(rotated, qweight, qzeros, scales, bias).to(x.dtype)
+
+
+@rotate_int4_linear.register_fake
+def _(
+    x: Tensor,
+    pairs: Tensor,
+    theta: Tensor,
+    channel_scales: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    rotation.check_shapes(x.shape[-1], pairs, theta, channel_scales, group_size)
+    check_linear(x, qweight, qzeros, scales, bias, group_size)
+    return x.new_empty((*x.shape[:-1], scales.shape[1]))
+
+
+def _save_rotate_int4_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, ctx.group_size = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, pairs, theta, channel_scales, qweight, qzeros, scales)
+
+
+def _differentiate_rotate_int4_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, pairs, theta, channel_scales, *packed = ctx.saved_tensors
+    grad_rotated = torch.ops.parofx.int4_linear_backward(grad, *packed)
+    grads = torch.ops.parofx.rotate_backward(grad_rotated, x, pairs, theta, channel_scales, ctx.group_size)
+    return grads[0], None, grads[1], grads[2], None, None, None, _grad_bias(ctx, grad), None
+
+
+rotate_int4_linear.register_autograd(_differentiate_rotate_int4_linear, setup_context=_save_rotate_int4_linear)

@@ -1,0 +1,133 @@
+"""The operator `parofx::rotate_int4_siblings`: linears that read one tensor, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parofx import rotation
+from parofx.errors import ShapeError
+from parofx.ops.linear import check_linear, reference_linear
+
+
+@torch.library.custom_op("parofx::rotate_int4_siblings", mutates_args=())
+def rotate_int4_siblings(
+    x: Tensor,
+    pairs: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    channel_scales: Sequence[Tensor],
+    qweight: Sequence[Tensor],
+    qzeros: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    group_size: int,
+) -> list[Tensor]:
+    """Return one `(…, N_i)` per linear that reads `x`: one rotation for all (lists of one), or one for each.
+
+    `bias` holds the biases of those linears for which `has_bias` is true, in order.
+    """
+    _check_siblings(x, (pairs, theta, channel_scales), (qweight, qzeros, scales), bias, has_bias, group_size)
+    wide = x.to(rotation.compute_dtype(x.dtype))
+    rotations = zip(pairs, theta, channel_scales, strict=True)
+    rotated = [rotation.rotate(wide, *parts, group_size) for parts in rotations] * _repeats(pairs, qweight)
+    linears = zip(rotated, qweight, qzeros, scales, spread_bias(bias, has_bias), strict=True)
+    return [reference_linear(*parts).to(x.dtype) for parts in linears]
+
+
+@rotate_int4_siblings.register_fake
+def _(
+    x: Tensor,
+    pairs: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    channel_scales: Sequence[Tensor],
+    qweight: Sequence[Tensor],
+    qzeros: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    group_size: int,
+) -> list[Tensor]:
+    _check_siblings(x, (pairs, theta, channel_scales), (qweight, qzeros, scales), bias, has_bias, group_size)
+    return [x.new_empty((*x.shape[:-1], scale.shape[1])) for scale in scales]
+
+
+def _check_siblings(
+    x: Tensor,
+    rotations: tuple[Sequence[Tensor], ...],
+    linears: tuple[Sequence[Tensor], ...],
+    bias: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    group_size: int,
+) -> None:
+    counts = [len(tensors) for tensors in (*rotations, *linears)]
+    count = counts[3]
+    if count == 0 or counts[0] not in (1, count) or counts != [counts[0]] * 3 + [count] * 3:
+        raise ShapeError(
+            "siblings need one rotation, or one each: got lists of "
+            f"{counts[:3]} pairs, theta and channel_scales for {counts[3:]} qweight, qzeros and scales"
+        )
+    if len(has_bias) != count or sum(has_bias) != len(bias):
+        raise ShapeError(f"has_bias must name {len(bias)} of {count} linears, got {list(has_bias)}")
+    for pairs, theta, channel_scales in zip(*rotations, strict=True):
+        rotation.check_shapes(x.shape[-1], pairs, theta, channel_scales, group_size)
+    for qweight, qzeros, scales, one_bias in zip(*linears, spread_bias(bias, has_bias), strict=True):
+        check_linear(x, qweight, qzeros, scales, one_bias, group_size)
+
+
+def spread_bias(bias: Sequence[Tensor], has_bias: Sequence[bool]) -> list[Tensor | None]:
+    """Return one entry per linear: its bias, or None."""
+    present = iter(bias)
+    return [next(present) if has else None for has in has_bias]
+
+
+def _repeats(pairs: Sequence[Tensor], qweight: Sequence[Tensor]) -> int:
+    return len(qweight) if len(pairs) == 1 else 1
+
+
+def save_siblings(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """Keep what `differentiate_siblings` needs."""
+    x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, ctx.has_bias, ctx.group_size = inputs
+    ctx.bias_dtypes = [one.dtype for one in bias]
+    ctx.counts = (len(pairs), len(qweight))
+    ctx.save_for_backward(x, *pairs, *theta, *channel_scales, *qweight, *qzeros, *scales)
+
+
+def differentiate_siblings(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    """Return the gradients of `rotate_int4_siblings` for x, θ, channel scales and biases."""
+    x, *rest = ctx.saved_tensors
+    rotations, linears = ctx.counts
+    pairs, theta, channel_scales = (rest[i * rotations : (i + 1) * rotations] for i in range(3))
+    rest = rest[3 * rotations :]
+    packed = list(zip(*(rest[i * linears : (i + 1) * linears] for i in range(3)), strict=True))
+    grad_rotated: list[Tensor | None] = [None] * rotations
+    for index, (grad, tensors) in enumerate(zip(grads, packed, strict=True)):
+        if grad is None:
+            continue
+        term = torch.ops.parofx.int4_linear_backward(grad, *tensors)
+        which = 0 if rotations == 1 else index
+        present = grad_rotated[which]
+        grad_rotated[which] = term if present is None else present + term
+    grad_x: Tensor | None = None
+    grad_theta: list[Tensor | None] = [None] * rotations
+    grad_scales: list[Tensor | None] = [None] * rotations
+    for index, gradient in enumerate(grad_rotated):
+        if gradient is None:
+            continue
+        term, grad_theta[index], grad_scales[index] = torch.ops.parofx.rotate_backward(
+            gradient, x, pairs[index], theta[index], channel_scales[index], ctx.group_size
+        )
+        grad_x = term if grad_x is None else grad_x + term
+    with_bias = [grad for grad, has in zip(grads, ctx.has_bias, strict=True) if has]
+    grad_bias = [
+        None if grad is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)
+        for dtype, grad in zip(ctx.bias_dtypes, with_bias, strict=True)
+    ]
+    none = [None] * linears
+    return grad_x, [None] * rotations, grad_theta, grad_scales, none, none, none, grad_bias, None, None
+
+
+rotate_int4_siblings.register_autograd(differentiate_siblings, setup_context=save_siblings)
