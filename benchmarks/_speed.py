@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CompileConfig, StaticCache
 
 ROUNDS = 3
-#: Length of prompt and answer together. One length means one static cache, and so one compiled graph.
-MAX_LENGTH = 128
+#: Tokens that the static cache holds. One length for all calls means one compiled graph.
+CACHE_LENGTH = 128
 PROMPT_LENGTH = 32
+NEW_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,11 @@ class Stopwatch:
         """Nothing is held back."""
 
 
-def generation_options(backend: str | None) -> dict[str, Any]:
+def generation_options(model: Any, backend: str | None) -> dict[str, Any]:
     """Return arguments of `generate` that decode with a static cache, compiled with `backend`."""
-    options: dict[str, Any] = {"max_length": MAX_LENGTH, "cache_implementation": "static"}
+    options: dict[str, Any] = {"past_key_values": StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)}
     if backend is None:
         return options | {"disable_compile": True}
-    from transformers import CompileConfig
-
     config = CompileConfig(backend=backend, mode="default")
     # Without it transformers compiles on accelerators only.
     config._compile_all_devices = True
@@ -84,8 +84,9 @@ def measure(variants: Mapping[str, Variant], tokens: Tensor) -> dict[str, Speed]
             variant.model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                **generation_options(variant.backend),
-                min_length=MAX_LENGTH,
+                **generation_options(variant.model, variant.backend),
+                min_new_tokens=NEW_TOKENS,
+                max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 streamer=watch,
             )

@@ -152,7 +152,10 @@ def generate(model: Any, tokenizer: Any) -> None:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**inputs, **_speed.generation_options("paro"), do_sample=False)
+        room = _speed.CACHE_LENGTH - inputs["input_ids"].shape[1]
+        output = model.generate(
+            **inputs, **_speed.generation_options(model, "paro"), max_new_tokens=room, do_sample=False
+        )
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         console.print(f"[bold cyan]{prompt}[/]", highlight=False)
         console.print(answer.strip(), markup=False, highlight=False)

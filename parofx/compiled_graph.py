@@ -127,21 +127,17 @@ def _lift_constants(gm: GraphModule) -> dict[str, Tensor]:
     """Turn `get_attr` tensors into inputs behind the graph's own, and return them in order."""
     constants: dict[str, Tensor] = {}
     lifted: dict[int, Node] = {}
+    found = [node for node in gm.graph.nodes if node.op == "get_attr" and binding(node) is not None]
+    tensors = [get_attribute(gm, str(node.target)) for node in found]
     inputs = placeholders(gm)
-    first_after_inputs = inputs[-1].next if inputs else next(iter(gm.graph.nodes))
-    for node in [node for node in gm.graph.nodes if node.op == "get_attr"]:
-        bound = binding(node)
-        if bound is None:
-            continue
-        known = lifted.get(id(bound.tensor))
-        if known is None:
-            with gm.graph.inserting_before(first_after_inputs):
-                known = gm.graph.placeholder("packed_" + str(node.target).replace(".", "_"))
-            lifted[id(bound.tensor)] = known
-            constants[str(node.target)] = bound.tensor
-        node.replace_all_uses_with(known)
-        if node is first_after_inputs:
-            first_after_inputs = node.next
+    behind_inputs = inputs[-1].next if inputs else next(iter(gm.graph.nodes))
+    for node, tensor in zip(found, tensors, strict=True):
+        if id(tensor) not in lifted:
+            with gm.graph.inserting_before(behind_inputs):
+                lifted[id(tensor)] = gm.graph.placeholder("packed_" + str(node.target).replace(".", "_"))
+            constants[str(node.target)] = tensor
+        node.replace_all_uses_with(lifted[id(tensor)])
+    for node in found:
         gm.graph.erase_node(node)
         delete_attribute(gm, str(node.target))
     return constants

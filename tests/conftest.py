@@ -16,6 +16,10 @@ settings.register_profile("parofx-ci", settings.get_profile("parofx"), derandomi
 settings.load_profile("parofx-ci" if os.environ.get("CI") else "parofx")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -9,7 +9,7 @@ from typing import Any
 import numpy_writer
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from parofx import affine, pairing
 from parofx.calibration.fitting import rotate_weight
@@ -121,6 +121,16 @@ def enter(door: str, model: Any, *inputs: Tensor) -> Captured:
         return tuple(filled)
 
     return Captured(gm, arguments)
+
+
+def copy_of(gm: GraphModule) -> GraphModule:
+    """Copy a graph for a test to change; parameters are shared."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    graph.set_codegen(gm.graph._codegen)
+    copied = GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    return copied
 
 
 def dynamo_graph(model: Any, *inputs: Tensor) -> tuple[GraphModule, list[Any], list[int]]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 import parofx
-from parofx import CalibrationConfig, FloatReason, ParoConfig, ParoLinear, affine
+from parofx import CalibrationConfig, FloatReason, ParoConfig, affine
 from parofx.errors import CaptureError, ConfigError, DataError
 from parofx.passes.calibrate import Calibrate
 from parofx.passes.convert import Convert

@@ -56,7 +56,9 @@ def _model(auto: Any, config: Any) -> nn.Module:
     return model.eval()
 
 
-def _decoder(name: str, **options: Any) -> Callable[[], nn.Module]:
+def decoder(name: str, **options: Any) -> Callable[[], nn.Module]:
+    """Return what builds a causal language model of a `model_type`."""
+
     def build() -> nn.Module:
         config = transformers.AutoConfig.for_model(name, vocab_size=VOCAB, **options)
         return _model(transformers.AutoModelForCausalLM, config)
@@ -71,7 +73,7 @@ def _encoder(name: str, auto: str = "AutoModel", **options: Any) -> Callable[[],
     return build
 
 
-_LLAMA_LIKE = {
+LLAMA_LIKE = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -84,26 +86,24 @@ _LLAMA_LIKE = {
 }
 
 ZOO: dict[str, ZooModel] = {
-    "llama": ZooModel(_decoder("llama", **_LLAMA_LIKE), 14, {"OUTPUT_HEAD": 1}, 8),
-    "mistral": ZooModel(_decoder("mistral", **_LLAMA_LIKE, sliding_window=8), 14, {"OUTPUT_HEAD": 1}, 8),
-    "qwen3": ZooModel(
-        _decoder("qwen3", **_LLAMA_LIKE, head_dim=32, tie_word_embeddings=True), 14, {"OUTPUT_HEAD": 1}, 8
-    ),
-    "qwen2": ZooModel(_decoder("qwen2", **_LLAMA_LIKE), 14, {"OUTPUT_HEAD": 1}, 8),
+    "llama": ZooModel(decoder("llama", **LLAMA_LIKE), 14, {"OUTPUT_HEAD": 1}, 8),
+    "mistral": ZooModel(decoder("mistral", **LLAMA_LIKE, sliding_window=8), 14, {"OUTPUT_HEAD": 1}, 8),
+    "qwen3": ZooModel(decoder("qwen3", **LLAMA_LIKE, head_dim=32, tie_word_embeddings=True), 14, {"OUTPUT_HEAD": 1}, 8),
+    "qwen2": ZooModel(decoder("qwen2", **LLAMA_LIKE), 14, {"OUTPUT_HEAD": 1}, 8),
     "gemma3": ZooModel(
-        _decoder("gemma3_text", **_LLAMA_LIKE, head_dim=32, sliding_window=8, query_pre_attn_scalar=32),
+        decoder("gemma3_text", **LLAMA_LIKE, head_dim=32, sliding_window=8, query_pre_attn_scalar=32),
         14,
         {"OUTPUT_HEAD": 1},
         8,
     ),
     "gpt2": ZooModel(
-        _decoder("gpt2", n_embd=128, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+        decoder("gpt2", n_embd=128, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
         8,
         {"OUTPUT_HEAD": 1},
         8,
     ),
     "opt": ZooModel(
-        _decoder(
+        decoder(
             "opt",
             hidden_size=128,
             ffn_dim=256,
@@ -117,17 +117,17 @@ ZOO: dict[str, ZooModel] = {
         8,
     ),
     "phi": ZooModel(
-        _decoder(
+        decoder(
             "phi",
-            **{**_LLAMA_LIKE, "num_key_value_heads": 4},
+            **{**LLAMA_LIKE, "num_key_value_heads": 4},
         ),
         12,
         {"OUTPUT_HEAD": 1},
         6,
     ),
-    "phi3": ZooModel(_decoder("phi3", **_LLAMA_LIKE, sliding_window=None), 8, {"OUTPUT_HEAD": 1}, 8),
+    "phi3": ZooModel(decoder("phi3", **LLAMA_LIKE, sliding_window=None), 8, {"OUTPUT_HEAD": 1}, 8),
     "mixtral": ZooModel(
-        _decoder("mixtral", **_LLAMA_LIKE, num_local_experts=8, num_experts_per_tok=2),
+        decoder("mixtral", **LLAMA_LIKE, num_local_experts=8, num_experts_per_tok=2),
         8,
         {"OUTPUT_HEAD": 1, "ROUTER": 2, "WEIGHT_NOT_MATRIX": 4},
         4,
@@ -224,10 +224,10 @@ ZOO: dict[str, ZooModel] = {
     ),
     # 128 divides 256 and not 192: one group size for all.
     "mixed_k": ZooModel(
-        _decoder("llama", **{**_LLAMA_LIKE, "hidden_size": 192}), 14, {"OUTPUT_HEAD": 1}, 8, group_size=64
+        decoder("llama", **{**LLAMA_LIKE, "hidden_size": 192}), 14, {"OUTPUT_HEAD": 1}, 8, group_size=64
     ),
     # Nothing divides 344: two down projections stay float.
     "odd_k": ZooModel(
-        _decoder("llama", **{**_LLAMA_LIKE, "intermediate_size": 344}), 12, {"OUTPUT_HEAD": 1, "IN_FEATURES": 2}, 6
+        decoder("llama", **{**LLAMA_LIKE, "intermediate_size": 344}), 12, {"OUTPUT_HEAD": 1, "IN_FEATURES": 2}, 6
     ),
 }

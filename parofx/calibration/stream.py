@@ -86,6 +86,8 @@ class _Recorder(Interpreter):
 
     def __init__(self, module: GraphModule, record: Recorder, mask: Tensor | None) -> None:
         super().__init__(module)
+        # What is raised names the transform; the traceback of the model's own code would only hide it.
+        self.extra_traceback = False
         self._record = record
         self._mask = mask
 

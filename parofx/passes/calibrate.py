@@ -1,9 +1,8 @@
 """`calibrate`: PREPARED → CALIBRATED. Fit every transform and choose the grid its weights are rounded to.
 
 With batches, the graph's blocks run in order and each transform is fitted on the statistics of its own input;
-without, on the weights and what the graph says of the input's channels. The structure stays; θ, channel scales, and
-the scales and zeros of `fake_quantize` change. A transform that could not be improved keeps its start, and the report
-says so.
+without, on the weights alone. The structure stays; θ, channel scales, and the scales and zeros of `fake_quantize`
+change. A transform that could not be improved keeps its start, and the report says so.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
 from parofx.calibration.stream import BlockStream
 from parofx.config import ParoConfig
-from parofx.errors import DataError
+from parofx.errors import DataError, one_per_line
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.derived import derived
-from parofx.passes.norm_power import norm_power
 from parofx.passes.transforms import Transform, find_transforms
 from parofx.report import TransformReport
 
@@ -52,8 +50,13 @@ class Calibrate:
     produces: ClassVar[Stage] = Stage.CALIBRATED
 
     def run(self, gm: GraphModule) -> PassReport:
-        """Fit every transform of `gm`, in place."""
+        """Fit every transform of `gm`, in place.
+
+        Raises:
+            DataError: naming a weight, input or batch that is not finite, empty or of another form.
+        """
         transforms = find_transforms(gm)
+        _check_weights(transforms)
         with torch.no_grad(), BlockProgress(transforms, enabled=self.progress) as progress:
             if self.batches is None or self.config.calibration.recipe == "data-free":
                 for transform in transforms:
@@ -74,17 +77,7 @@ class Calibrate:
     def fit(
         self, gm: GraphModule, transform: Transform, power: Tensor | None, block_gram: Tensor | None
     ) -> FittedTransform:
-        """Fit one transform on given statistics.
-
-        Raises:
-            DataError: naming a weight that is not finite.
-        """
-        for linear in transform.linears:
-            if not torch.isfinite(linear.weight).all():
-                raise DataError(
-                    f"the weight of {linear.name} must be finite, got NaN or infinity; repair the model or add it to "
-                    "modules_to_not_convert"
-                )
+        """Fit one transform on given statistics."""
         return fit(
             [linear.weight for linear in transform.linears],
             power,
@@ -97,7 +90,7 @@ class Calibrate:
 
     def _fit_weights(self, gm: GraphModule, transform: Transform) -> FittedTransform:
         def make() -> FittedTransform:
-            return self.fit(gm, transform, norm_power(transform.inputs[0]), None)
+            return self.fit(gm, transform, None, None)
 
         if not self.reuse:
             return make()
@@ -108,6 +101,16 @@ class Calibrate:
 def reports_of(gm: GraphModule) -> tuple[TransformReport, ...]:
     """Return what calibration noted of each transform of a graph."""
     return tuple(gm.meta.get("parofx_transform_reports", {}).values())
+
+
+def _check_weights(transforms: Sequence[Transform]) -> None:
+    weights = [linear for transform in transforms for linear in transform.linears]
+    wrong = [linear.name for linear in weights if not torch.isfinite(linear.weight).all()]
+    if wrong:
+        raise DataError(
+            f"weights must be finite, got NaN or infinity; repair the model or add to modules_to_not_convert:\n"
+            f"{one_per_line(wrong)}"
+        )
 
 
 class _DataRun:
@@ -139,8 +142,9 @@ class _DataRun:
         for index, segment in enumerate(stream.segments):
             names = [name for name, last in due.items() if last == segment]
             if store and index < finished:
-                for name, fitted in unpack_fits(store.load_segment(index)).items():
-                    self._apply(name, fitted)
+                fits = unpack_fits(store.load_segment(index))
+                for name in names:
+                    self._apply(name, fits[name])
                 continue
             self._progress.enter(self._transforms[names[0]].block if names else "")
             for batch in stream.run(segment, self._record):

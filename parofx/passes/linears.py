@@ -78,8 +78,15 @@ def find_units(gm: GraphModule) -> list[LinearUnit]:
         if found is None:
             continue
         bound, transposed = found
-        suffix = ".transposed" if (id(bound.tensor), not transposed) in units else ""
-        unit = units.setdefault((id(bound.tensor), transposed), LinearUnit(bound, transposed, suffix=suffix))
+        unit = units.get((id(bound.tensor), transposed))
+        if unit is None:
+            unit = LinearUnit(bound, transposed)
+            if (id(bound.tensor), not transposed) in units:
+                unit.suffix = ".transposed"
+            # Dynamo may compile two models at once, whose parameters have the same names.
+            while any(unit.name == other.name for other in units.values()):
+                unit.suffix += "_"
+            units[id(bound.tensor), transposed] = unit
         unit.calls.append(node)
     return list(units.values())
 

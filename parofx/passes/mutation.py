@@ -34,16 +34,21 @@ def written_inputs(node: Node) -> list[Node]:
     return [one for value in written for one in _nodes(value)]
 
 
+def written_memory(gm: GraphModule) -> set[int]:
+    """Return the memory (`memory_of`) that some node of a graph writes in place."""
+    return {memory for node in gm.graph.nodes for value in written_inputs(node) if (memory := memory_of(value))}
+
+
 def separate_written_values(gm: GraphModule) -> int:
     """Let readers behind an in-place write read another node than those before it; return how many do."""
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     changed = 0
     for writer in list(order):
         written = written_inputs(writer)
-        memory = {_memory(value) for value in written} - {None}
+        memory = {memory_of(value) for value in written} - {None}
         if not memory:
             continue
-        for value in [one for one in list(order) if order[one] < order[writer] and _memory(one) in memory]:
+        for value in [one for one in list(order) if order[one] < order[writer] and memory_of(one) in memory]:
             late = [user for user in value.users if order.get(user, -1) > order[writer] and user.target in _READERS]
             if late:
                 with gm.graph.inserting_after(writer):
@@ -56,7 +61,7 @@ def separate_written_values(gm: GraphModule) -> int:
     return changed
 
 
-def _memory(node: Node) -> int | None:
+def memory_of(node: Node) -> int | None:
     """Identify the memory of an activation; parameters are not written while a graph runs."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.layout != torch.strided:

@@ -12,7 +12,6 @@ placeholders. After this pass both have
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,7 +32,7 @@ from parofx.passes.graph import (
     nodes_calling,
     operator_name,
 )
-from parofx.passes.mutation import separate_written_values
+from parofx.passes.mutation import memory_of, separate_written_values, written_memory
 
 aten = torch.ops.aten
 _LINEAR_CALLS = frozenset({torch.nn.functional.linear, LINEAR})
@@ -41,6 +40,7 @@ _ADDMM_CALLS = frozenset({torch.addmm, aten.addmm.default})
 _MATMUL_CALLS = frozenset({torch.matmul, operator.matmul, torch.mm, aten.matmul.default, aten.mm.default})
 _METHODS = {"matmul": torch.matmul, "__matmul__": torch.matmul, "mm": torch.mm, "addmm": torch.addmm}
 _TRANSPOSES = frozenset({"t", "T", "mT", "H", "mH", "adjoint", "numpy_T", "matrix_H"})
+_VIEWS = frozenset({"view", "reshape"})
 _SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 
 
@@ -204,15 +204,12 @@ def _split_rotation(gm: GraphModule, node: Node) -> None:
 
 def _share_equal_nodes(gm: GraphModule) -> int:
     """Let equal rotations and equal views of one tensor be one node: siblings are found by their common input."""
-    pure: set[Callable[..., Any]] = {ROTATE, TRANSPOSE, aten.view.default, aten.reshape.default}
     first: dict[Any, Node] = {}
+    written = written_memory(gm)
     shared = 0
     for node in list(gm.graph.nodes):
-        if node.op == "get_attr":
-            key: Any = ("get_attr", node.target)
-        elif node.op == "call_function" and node.target in pure and not node.kwargs:
-            key = (node.target, *(tuple(arg) if isinstance(arg, list) else arg for arg in node.args))
-        else:
+        key = _content(node)
+        if key is None or memory_of(node) in written:
             continue
         kept = first.setdefault(key, node)
         if kept is not node:
@@ -220,6 +217,19 @@ def _share_equal_nodes(gm: GraphModule) -> int:
             gm.graph.erase_node(node)
             shared += 1
     return shared
+
+
+def _content(node: Node) -> Any:
+    """Return a key that is equal for nodes of equal value, or None for those that are never shared."""
+    if node.op == "get_attr":
+        return "get_attr", node.target
+    if node.target in (ROTATE, TRANSPOSE) and not node.kwargs:
+        return node.target, *node.args
+    value = node.meta.get("val")
+    if operator_name(node) in _VIEWS and node.op != "placeholder" and isinstance(value, torch.Tensor):
+        # Whatever the sizes were computed from, a view is given by those it has in the end.
+        return operator_name(node), node.args[0], str(value.shape), value.dtype
+    return None
 
 
 def _arguments(node: Node, names: tuple[str, ...], aliases: dict[str, str] | None = None) -> list[Any]:

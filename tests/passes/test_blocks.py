@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 from zoo import ZOO
 
 from parofx.passes import capture
-from parofx.passes.capture import complete_named
 from parofx.passes.blocks import WHOLE_GRAPH, block_of, find_blocks, split_at_blocks
+from parofx.passes.capture import complete_named
 from parofx.passes.graph import LINEAR, nodes_calling
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ Batch = dict[str, Any]
 
 
 def settings(**options: Any) -> ParoConfig:
-    return ParoConfig(krot=3, calibration=CalibrationConfig(steps=6, clip_ratios=(1.0, 0.9), **options))
+    return ParoConfig(krot=3, calibration=CalibrationConfig(steps=4, clip_ratios=(1.0,), **options))
 
 
 def skewed(*shape: int, seed: int = 0) -> Tensor:
@@ -36,8 +37,17 @@ def batches(count: int = 3, rows: int = 16) -> list[Batch]:
     return [{"arg0": skewed(rows, 64, seed=seed)} for seed in range(count)]
 
 
-def prepared(model: nn.Module | None = None, *inputs: Any, config: ParoConfig | None = None) -> GraphModule:
-    gm = capture((model or graphs.Stack(2)).eval(), *(inputs or (skewed(16, 64),)))
+@functools.cache
+def captured_stack(count: int) -> GraphModule:
+    return capture(graphs.Stack(count).eval(), skewed(16, 64))
+
+
+def prepared(model: nn.Module | int = 2, *inputs: Any, config: ParoConfig | None = None) -> GraphModule:
+    """Return the PREPARED graph of a model, or of so many layers."""
+    if isinstance(model, int):
+        gm = graphs.copy_of(captured_stack(model))
+    else:
+        gm = capture(model.eval(), *(inputs or (skewed(16, 64),)))
     InsertTransforms(config or settings()).run(gm)
     gm.recompile()
     return gm
@@ -54,8 +64,8 @@ def state(gm: GraphModule) -> dict[str, Tensor]:
     return found
 
 
-def fitted(config: ParoConfig | None = None, data: list[Batch] | None = None, model: Any = None) -> dict[str, Tensor]:
-    gm = prepared(model, config=config)
+def fitted(config: ParoConfig | None = None, data: list[Batch] | None = None) -> dict[str, Tensor]:
+    gm = prepared(config=config)
     Calibrate(config or settings(), data).run(gm)
     return state(gm)
 
@@ -89,7 +99,7 @@ def test_data_lowers_the_error_on_that_data() -> None:
     errors = {}
     for name, data in {"weights": None, "data": [{"arg0": x}]}.items():
         gm = prepared(model)
-        Calibrate(ParoConfig(calibration=CalibrationConfig(steps=30)), data).run(gm)
+        Calibrate(ParoConfig(calibration=CalibrationConfig(steps=20)), data).run(gm)
         gm.recompile()
         with torch.no_grad():
             errors[name] = float((gm(x) - model(x)).square().mean())
@@ -149,11 +159,12 @@ def test_masked_rows_do_not_enter_statistics(dtype: torch.dtype) -> None:
     hidden, mask = skewed(2, 8, 64), torch.ones(2, 8)
     mask[0, :3] = mask[1, 6:] = 0
     garbage = torch.where(mask[..., None] == 0, 1e3 * graphs.rows(2, 8, 64, seed=7), hidden)
-    model = Masked()
+    float_graph = capture(Masked().eval(), {"hidden": hidden, "attention_mask": mask.to(dtype)})
 
     def run(values: Tensor) -> dict[str, Tensor]:
         inputs = {"hidden": values, "attention_mask": mask.to(dtype)}
-        gm = prepared(model, inputs)
+        gm = graphs.copy_of(float_graph)
+        InsertTransforms(settings()).run(gm)
         Calibrate(settings(), [inputs]).run(gm)
         return state(gm)
 
@@ -180,14 +191,18 @@ class TestBadData:
         model = graphs.Stack(2)
         model.whatever[1].up.weight.data[3, 5] = torch.nan
         for data in (None, batches()):
-            with pytest.raises(DataError, match=r"weight of whatever.1.up must be finite.*modules_to_not_convert"):
+            with pytest.raises(
+                DataError, match=r"(?s)weights must be finite.*modules_to_not_convert:\n  - whatever.1.up$"
+            ):
                 Calibrate(settings(), data).run(prepared(model))
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_an_input_that_is_not_finite(self, value: float) -> None:
         data = batches()
         data[1]["arg0"][3, 5] = value
-        with pytest.raises(DataError, match=r"the input of whatever.0.gate: rows must be finite, got .* of 1024"):
+        with pytest.raises(
+            DataError, match=r"the input of whatever.0.gate: rows must be finite, got .* of 1024; run the [^\n]*$"
+        ):
             Calibrate(settings(), data).run(prepared())
 
     @pytest.mark.parametrize(
@@ -204,14 +219,6 @@ class TestBadData:
         with pytest.raises(DataError, match=expected.replace("']", r"'\]").replace(r"\\]", r"\]")):
             Calibrate(settings(), [*batches(1), batch]).run(prepared())
 
-    def test_a_failure_leaves_fake_quantization_of_later_blocks_off(self) -> None:
-        model = graphs.Stack(2)
-        model.whatever[1].gate.weight.data[0, 0] = torch.nan
-        gm = prepared(model)
-        with pytest.raises(DataError, match="whatever.1.gate"):
-            Calibrate(settings(), batches()).run(gm)
-        assert stage_of(gm) is Stage.PREPARED
-
 
 def test_a_linear_that_no_row_reaches_is_fitted_on_its_weights(caplog: pytest.LogCaptureFixture) -> None:
     model = Model(lambda m, x: m.a(x[:, :0]).sum(1) + m.b(x).sum(1), a=graphs.linear(), b=graphs.linear(seed=1)).eval()
@@ -219,7 +226,7 @@ def test_a_linear_that_no_row_reaches_is_fitted_on_its_weights(caplog: pytest.Lo
     gm = prepared(model, inputs)
     with caplog.at_level(logging.WARNING, "parofx"):
         Calibrate(settings(), [{"arg0": inputs}]).run(gm)
-    assert [record.message for record in caplog.records] == [
+    assert [record.message for record in caplog.records if record.name == "parofx"] == [
         "no calibration row reaches a; it is fitted on its weights alone"
     ]
     assert all(torch.isfinite(tensor).all() for tensor in state(gm).values())
@@ -266,7 +273,8 @@ def test_what_is_fitted_on_weights_alone_is_reused() -> None:
         Calibrate(settings(), reuse=True).run(gm)
         grids.append(find_transforms(gm)[0].linears[0].grid(gm)[0])
     assert grids[0] is grids[1]
-    model.whatever[0].gate.weight.data.mul_(2)
+    with torch.no_grad():
+        model.whatever[0].gate.weight.mul_(2)
     gm = prepared(model)
     Calibrate(settings(), reuse=True).run(gm)
     assert not torch.equal(find_transforms(gm)[0].linears[0].grid(gm)[0], grids[0])
@@ -296,14 +304,14 @@ class TestWorkDir:
 
         with monkeypatch.context() as patch:
             patch.setattr(calibrate, "fit", counting)
-            gm = prepared(graphs.Stack(3), config=config)
+            gm = prepared(2, config=config)
             try:
                 Calibrate(config, batches()).run(gm)
             except KeyboardInterrupt:
                 assert fail_at is not None
         return fits, (state(gm), reports_of(gm), gm.meta.get("parofx_relative_errors"))
 
-    @pytest.mark.parametrize("fail_at", [1, 2, 3, 4, 5])
+    @pytest.mark.parametrize("fail_at", [1, 3])
     def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
     ) -> None:
@@ -312,7 +320,7 @@ class TestWorkDir:
         done, _ = self.run(config, monkeypatch, fail_at=fail_at)
         assert done == fail_at
         remaining, (found, resumed_reports, resumed_errors) = self.run(config, monkeypatch)
-        assert remaining == 6 - fail_at // 2 * 2  # two transforms a block; finished blocks are not fitted again
+        assert remaining == 4 - fail_at // 2 * 2  # two transforms a block; finished blocks are not fitted again
         assert equal(found, expected)
         assert resumed_reports == reports
         assert resumed_errors == errors
@@ -327,7 +335,7 @@ class TestWorkDir:
             self.config(tmp_path, seed=3),
             self.config(tmp_path, seed=3, resume=False),
         ):
-            assert self.run(changed, monkeypatch)[0] == 6
+            assert self.run(changed, monkeypatch)[0] == 4
 
     def test_foreign_files_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("mine")

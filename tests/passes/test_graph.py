@@ -127,7 +127,6 @@ def test_a_parameter_is_replaced_by_a_buffer_of_its_name() -> None:
 
 def test_dead_code_takes_its_tensors_along() -> None:
     gm = graph_module(a__w=torch.ones(2), b__w=torch.ones(2))
-    x, *_ = gm.graph.nodes
     output = next(reversed(gm.graph.nodes))
     output.args = (output.args[0].args[0],)
     remove_dead_code(gm)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from zoo import ZOO
 
 import parofx
+from parofx.api import convert, lower, prepare
 from parofx.passes import InsertTransforms, capture
 from parofx.passes.blocks import find_blocks
 from parofx.passes.linears import choose_group_sizes, find_units, group_siblings, matches
@@ -243,3 +244,25 @@ class TestSiblings:
             [f"decoder.block.{block}.layer.1.EncDecAttention.{name}" for name in "kv"] for block in range(2)
         ]
         assert Counter(map(len, self.groups(gm))) == {3: 4, 2: 2, 1: 17}
+
+
+def test_two_models_with_parameters_of_one_name_stay_apart() -> None:
+    """Dynamo names parameters from their module on: compiling two modules in one function gives equal names."""
+    first, second = nn.Sequential(graphs.linear(64, 128)).eval(), nn.Sequential(graphs.linear(128, 64, seed=1)).eval()
+
+    def both(x: Tensor) -> Tensor:
+        return second(torch.tanh(first(x)))
+
+    x = graphs.rows(3, 64)
+    captured = graphs.enter("dynamo", both, x)
+    assert [unit.name for unit in find_units(captured.gm)] == ["0", "0_"]
+    prepare(captured.gm, graphs.config(mixed_group_size=True))
+    assert [transform.group_size for transform in find_transforms(captured.gm)] == [64, 128]
+    graphs.randomize(captured.gm)
+    assert graphs.relative(captured(x), both(x).detach()) < EXACT_IN_FP32
+    graphs.round_to_nearest(captured.gm)
+    rounded = captured(x)
+    convert(captured.gm)
+    assert graphs.relative(captured(x), rounded) < EXACT_IN_FP32
+    lower(captured.gm)
+    assert graphs.relative(captured(x), rounded) < EXACT_IN_FP32

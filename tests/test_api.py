@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from typing import Any
+
+import graphs
+import pytest
+import torch
+from graphs import Model
+from torch import Tensor, nn
+from zoo import ZOO
+
+import parofx
+from parofx.api import ExplainedLinear, calibrate, capture, convert, explain, lower, prepare
+from parofx.errors import DataError, PassError
+from parofx.passes import Stage, stage_of
+
+
+def float_graph(model: nn.Module | None = None) -> torch.fx.GraphModule:
+    return capture((model or graphs.Stack(1)).eval(), graphs.rows(3, 64))
+
+
+def test_each_function_takes_and_returns_the_graph() -> None:
+    gm, x = float_graph(), graphs.rows(3, 64)
+    expected = graphs.eager(gm, x)
+    for stage, function in (
+        (Stage.PREPARED, lambda gm: prepare(gm)),
+        (Stage.CALIBRATED, lambda gm: calibrate(gm, config=graphs.config())),
+        (Stage.CONVERTED, convert),
+        (Stage.LOWERED, lower),
+    ):
+        assert function(gm) is gm
+        assert stage_of(gm) is stage
+        assert gm(x).shape == expected.shape
+    assert float((graphs.eager(gm, x) - expected).norm() / expected.norm()) < 0.2
+
+
+def test_they_are_public() -> None:
+    for name in ("capture", "prepare", "calibrate", "convert", "lower", "explain"):
+        assert getattr(parofx, name) is globals()[name]
+
+
+def test_a_stage_cannot_be_left_out() -> None:
+    with pytest.raises(PassError, match="pass convert takes a graph of stage CALIBRATED, got PREPARED"):
+        convert(prepare(float_graph()))
+
+
+def test_a_provider_can_be_forced() -> None:
+    gm = convert(calibrate(prepare(float_graph()), config=graphs.config()))
+    assert lower(gm, "cpu", provider="reference").meta["parofx_providers"] == {"reference": 2}
+
+
+class TestBatches:
+    @pytest.mark.parametrize(
+        "batch", [graphs.rows(5, 64), (graphs.rows(5, 64),), [graphs.rows(5, 64)], {"arg0": graphs.rows(5, 64)}]
+    )
+    def test_positional_inputs_in_any_form(self, batch: Any) -> None:
+        gm = calibrate(prepare(float_graph()), [batch, batch], graphs.config())
+        assert stage_of(gm) is Stage.CALIBRATED
+
+    def test_keyword_inputs_are_completed_as_for_the_capture(self) -> None:
+        spec = ZOO["t5"]
+        inputs = spec.inputs()
+        gm = prepare(capture(spec.build(), inputs))
+        assert stage_of(calibrate(gm, [inputs], graphs.config())) is Stage.CALIBRATED
+
+    @pytest.mark.parametrize("batch", ["text", 5, None, iter([])])
+    def test_what_is_no_batch(self, batch: object) -> None:
+        kind = type(batch).__name__
+        with pytest.raises(DataError, match=f"must be a mapping, a tuple or a tensor, got {kind}; pass the inputs"):
+            calibrate(prepare(float_graph()), [batch])
+
+    def test_a_generator_of_batches(self) -> None:
+        gm = calibrate(prepare(float_graph()), (graphs.rows(5, 64, seed=seed) for seed in range(2)), graphs.config())
+        assert stage_of(gm) is Stage.CALIBRATED
+
+
+class TestExplain:
+    def test_one_row_per_linear(self) -> None:
+        def forward(m: Any, x: Tensor) -> Tensor:
+            return m.head(m.stack(x)) @ m.w
+
+        parts = {"stack": graphs.Stack(2), "head": graphs.linear(64, 12), "w": graphs.matrix(12, 64)}
+        found = explain(Model(forward, **parts).eval(), graphs.rows(3, 64))
+        assert found.blocks == ("stack.whatever.0", "stack.whatever.1")
+        shared = "shares one transform with its siblings: {0}.gate, {0}.up; group_size 64; 2 linears in one call"
+        expected = []
+        for block in found.blocks:
+            expected += [
+                ExplainedLinear(f"{block}.{name}", "quantize", shared.format(block)) for name in ("gate", "up")
+            ]
+            expected.append(ExplainedLinear(f"{block}.down", "quantize", "own transform; group_size 64"))
+        expected += [
+            ExplainedLinear("head", "keep float", "out_features is no multiple of 8 (12 out_features)"),
+            ExplainedLinear(
+                "w",
+                "keep float",
+                "the weight is read by code other than one linear module (w is read outside of one linear module)",
+            ),
+        ]
+        assert list(found.rows) == expected
+        lines = str(found).splitlines()
+        assert lines[0] == "2 blocks: stack.whatever.0, stack.whatever.1"
+        assert " ".join(lines[-2].split()) == "head keep float out_features is no multiple of 8 (12 out_features)"
+
+    def test_nothing_is_changed(self) -> None:
+        model = graphs.Stack(1).train()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        explain(model, graphs.rows(3, 64))
+        assert model.training
+        assert before.keys() == model.state_dict().keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    def test_the_config_decides(self) -> None:
+        config = graphs.config(share_siblings=False, modules_to_not_convert=("down",), group_size=32)
+        found = explain(graphs.Stack(1), graphs.rows(3, 64), config=config)
+        assert [(row.name, row.reason) for row in found.rows] == [
+            ("whatever.0.gate", "own transform; group_size 32"),
+            ("whatever.0.up", "own transform; group_size 32"),
+            ("whatever.0.down", "excluded by modules_to_not_convert (matches 'down')"),
+        ]
+        assert str(found).startswith("0 blocks: the whole graph\n")
+
+    def test_a_model_without_linears(self) -> None:
+        assert str(explain(nn.ReLU(), graphs.rows(3, 64))) == "0 blocks: the whole graph"
