@@ -7,7 +7,6 @@ import pytest
 import torch
 from graphs import Model
 from torch import Tensor, nn
-from zoo import ZOO
 
 import parofx
 from parofx.api import ExplainedLinear, calibrate, capture, convert, explain, lower, prepare
@@ -58,9 +57,17 @@ class TestBatches:
         assert stage_of(gm) is Stage.CALIBRATED
 
     def test_keyword_inputs_are_completed_as_for_the_capture(self) -> None:
-        spec = ZOO["t5"]
-        inputs = spec.inputs()
-        gm = prepare(capture(spec.build(), inputs))
+        class Seq2Seq(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embedding, self.body = nn.Embedding(40, 64), graphs.Stack(1)
+
+            def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, use_cache: bool = True) -> Tensor:
+                assert not use_cache
+                return self.body(self.embedding(input_ids) + self.embedding(decoder_input_ids))
+
+        inputs = {"input_ids": torch.arange(12).view(3, 4)}
+        gm = prepare(capture(Seq2Seq(), inputs))
         assert stage_of(calibrate(gm, [inputs], graphs.config())) is Stage.CALIBRATED
 
     @pytest.mark.parametrize("batch", ["text", 5, None, iter([])])

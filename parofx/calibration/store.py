@@ -63,20 +63,24 @@ class CalibrationStore:
         """Write the values behind segment `index`; a later run starts there."""
         flat: dict[str, Tensor] = {}
         plain: list[dict[str, Any]] = []
+        devices: dict[str, str] = {}
         for batch, border in enumerate(borders):
             tensors_here = {name: value for name, value in border.items() if isinstance(value, Tensor)}
             flat |= {f"{batch}/{name}": value for name, value in tensors_here.items()}
+            devices |= {f"{batch}/{name}": str(value.device) for name, value in tensors_here.items()}
             plain.append({name: value for name, value in border.items() if name not in tensors_here})
-        _save(flat, self._folder / "border.safetensors", {"values": json.dumps({"segment": index, "plain": plain})})
+        values = json.dumps({"segment": index, "plain": plain, "devices": devices})
+        _save(flat, self._folder / "border.safetensors", {"values": values})
 
     def load_borders(self) -> list[dict[str, Any]]:
-        """Return the values behind the last finished segment, per batch."""
+        """Return the values behind the last finished segment, per batch, on the devices they were on."""
         path = self._folder / "border.safetensors"
         with safe_open(str(path), framework="pt") as file:
-            borders: list[dict[str, Any]] = json.loads(file.metadata()["values"])["plain"]
+            values = json.loads(file.metadata()["values"])
+        borders: list[dict[str, Any]] = values["plain"]
         for key, tensor in _load(path).items():
             batch, _, name = key.partition("/")
-            borders[int(batch)][name] = tensor
+            borders[int(batch)][name] = tensor.to(values["devices"][key])
         return borders
 
     def _segment(self, index: int) -> Path:

@@ -148,7 +148,7 @@ class Masked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = graphs.Stack(2)
+        self.inner = graphs.Stack(1)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         return self.inner(hidden) * attention_mask[..., None]

@@ -1,0 +1,114 @@
+from collections import defaultdict
+
+import pytest
+import torch
+from graphs import QUICK, Layer, Stack
+from torch import Tensor, nn
+
+import parofx
+from parofx import ParoConfig
+from parofx.calibration.stream import BlockStream
+from parofx.errors import DataError
+
+CONFIG = ParoConfig(calibration=QUICK)
+
+
+def batch(rows: int = 3, seed: int = 0) -> Tensor:
+    return torch.randn(rows, 5, 64, generator=torch.Generator().manual_seed(seed))
+
+
+class Masked(nn.Module):
+    """Two blocks that take a mask along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(0), Layer(1)])
+
+    def forward(self, x, attention_mask=None):
+        if attention_mask is not None:
+            x = x * attention_mask[..., None]
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def prepared(model: nn.Module, *args: object) -> torch.fx.GraphModule:
+    return parofx.prepare(parofx.capture(model.eval(), *args), CONFIG)
+
+
+def stream_all(stream: BlockStream) -> dict[str, list[Tensor]]:
+    rows = defaultdict(list)
+    for segment in stream.segments:
+        assert list(stream.run(segment, lambda name, value: rows[name].append(value))) == [*range(len(stream.borders))]
+    return rows
+
+
+def test_rows_are_what_the_modules_read_in_a_whole_forward():
+    model = Masked().eval()
+    batches = [{"x": batch(3)}, {"x": batch(2, seed=1)}]
+    stream = BlockStream(prepared(model, batches[0]), batches)
+    rows = stream_all(stream)
+    seen = defaultdict(list)
+    for name in rows:
+        model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: seen[name].append(args[0]))
+    with torch.no_grad():
+        outputs = [model(**one) for one in batches]
+    assert sorted(rows) == ["layers.0.down", "layers.0.gate", "layers.1.down", "layers.1.gate"]
+    for name in rows:
+        assert [len(one) for one in rows[name]] == [15, 10]
+        expected = torch.cat([one.reshape(-1, one.shape[-1]) for one in seen[name]])
+        torch.testing.assert_close(torch.cat(rows[name]), expected, rtol=1e-5, atol=1e-5)
+    last = [next(reversed(border.values())) for border in stream.borders]
+    for one, expected in zip(last, outputs, strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_border_holds_no_more_than_what_is_read_behind_it():
+    one = {"x": batch()}
+    stream = BlockStream(prepared(Masked(), one), [one])
+    sizes = []
+    for segment in stream.segments:
+        list(stream.run(segment, lambda name, value: None))
+        held = {value.data_ptr(): value for value in stream.borders[0].values() if isinstance(value, Tensor)}
+        sizes.append(sum(value.numel() for value in held.values()))
+    assert len(sizes) == 2
+    # Between two blocks the residual and nothing else, whatever the blocks are wide inside.
+    assert max(sizes) == batch().numel()
+
+
+def test_rows_that_are_masked_out_are_not_seen():
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    one = {"x": batch(), "attention_mask": mask}
+    rows = stream_all(BlockStream(prepared(Masked(), one), [one]))
+    assert {tuple(len(part) for part in parts) for parts in rows.values()} == {(7,)}
+    # The first block reads the norm of the input; its rows are those the mask keeps.
+    expected = Masked().layers[0].norm(batch()[mask.bool()]).detach()
+    torch.testing.assert_close(rows["layers.0.gate"][0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_segments_and_transforms():
+    stream = BlockStream(prepared(Stack(), batch()), [{"arg0": batch()}])
+    per_segment = [stream.transforms_of(segment) for segment in stream.segments]
+    assert all(names for names in per_segment)
+    for segment, names in zip(stream.segments, per_segment, strict=True):
+        assert all(stream.last_segment_of(name) == segment for name in names)
+
+
+def test_batches_of_other_inputs_are_refused():
+    gm = prepared(Masked(), {"x": batch()})
+    with pytest.raises(DataError, match=r"\['x'\]: missing \['x'\], unexpected \['y'\]"):
+        BlockStream(gm, [{"x": batch()}, {"y": batch()}])
+    with pytest.raises(DataError, match=r"unexpected \['attention_mask'\]"):
+        BlockStream(gm, [{"x": batch(), "attention_mask": torch.ones(3, 5)}])
+    with pytest.raises(DataError, match=r"missing \['arg0'\], unexpected \['x'\]"):
+        BlockStream(prepared(Masked(), batch()), [{"x": batch()}])
+
+
+def test_an_input_of_another_structure_is_refused():
+    class Nested(Masked):
+        def forward(self, x):
+            return super().forward(x["a"] + x["b"])
+
+    gm = prepared(Nested(), {"x": {"a": batch(), "b": batch()}})
+    with pytest.raises(DataError, match="the captured graph takes 2 inputs, a calibration batch has 1"):
+        BlockStream(gm, [{"x": {"a": batch()}}])
