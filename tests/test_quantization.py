@@ -246,7 +246,7 @@ def test_activations_that_are_not_finite_are_named():
 def test_a_weight_that_is_not_finite_is_named():
     model = net()
     model.down.weight.data[1, 1] = torch.inf
-    with pytest.raises(DataError, match="the weight of down must be finite"):
+    with pytest.raises(DataError, match=r"the weight of down must be finite, got NaN or infinity; repair the model"):
         quantize(model, example_inputs=inputs())
 
 

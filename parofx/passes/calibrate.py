@@ -22,7 +22,7 @@ from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
 from parofx.calibration.stream import BlockStream
 from parofx.config import ParoConfig
-from parofx.errors import DataError, one_per_line
+from parofx.errors import DataError
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.derived import derived
 from parofx.passes.transforms import Transform, find_transforms
@@ -107,9 +107,10 @@ def _check_weights(transforms: Sequence[Transform]) -> None:
     weights = [linear for transform in transforms for linear in transform.linears]
     wrong = [linear.name for linear in weights if not torch.isfinite(linear.weight).all()]
     if wrong:
+        names = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise DataError(
-            f"weights must be finite, got NaN or infinity; repair the model or add to modules_to_not_convert:\n"
-            f"{one_per_line(wrong)}"
+            f"the weight of {names} must be finite, got NaN or infinity; repair the model or add it to "
+            "modules_to_not_convert"
         )
 
 
