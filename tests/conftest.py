@@ -2,6 +2,9 @@
 
 import os
 
+# Waiting threads that spin make small operators many times slower on a machine that is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

@@ -192,7 +192,7 @@ class TestBadData:
         model.whatever[1].up.weight.data[3, 5] = torch.nan
         for data in (None, batches()):
             with pytest.raises(
-                DataError, match="the weight of whatever.1.up must be finite, got NaN .* add it to modules_to"
+                DataError, match=r"the weight of whatever\.1\.up must be finite, got NaN .* add it to modules_to"
             ):
                 Calibrate(settings(), data).run(prepared(model))
 
