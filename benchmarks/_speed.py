@@ -21,10 +21,16 @@ NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Variant:
-    """A model and the `torch.compile` backend it runs with; `None` runs it eagerly."""
+    """A model, the `torch.compile` backend it runs with (`None`: eagerly), and its forward, so compiled."""
 
     model: Any
     backend: str | None
+    forward: Any
+
+    @classmethod
+    def of(cls, model: Any, backend: str | None) -> Variant:
+        """Return a variant whose forward will be compiled when it is first called."""
+        return cls(model, backend, model if backend is None else torch.compile(model, backend=backend))
 
 
 @dataclass(frozen=True)
@@ -69,16 +75,12 @@ def measure(variants: Mapping[str, Variant], tokens: Tensor) -> dict[str, Speed]
     """
     prefills: dict[str, list[float]] = {name: [] for name in variants}
     decodes: dict[str, list[float]] = {name: [] for name in variants}
-    forwards = {
-        name: variant.model if variant.backend is None else torch.compile(variant.model, backend=variant.backend)
-        for name, variant in variants.items()
-    }
     prompt = tokens[:, :PROMPT_LENGTH]
     for index in range(ROUNDS + 1):
         for name, variant in variants.items():
             with torch.no_grad():
                 start = time.perf_counter()
-                forwards[name](tokens, use_cache=False, logits_to_keep=1)
+                variant.forward(tokens, use_cache=False)
                 prefill = time.perf_counter() - start
             watch = Stopwatch()
             variant.model.generate(

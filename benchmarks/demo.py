@@ -34,7 +34,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.")
 SEQLEN = 512
 CALIBRATION_SAMPLES = 32
-EVALUATION_WINDOWS = 20
+EVALUATION_WINDOWS = 16
 #: Rounding to nearest reads data for nothing but its error report.
 REPORT_SAMPLES = 8
 
@@ -43,9 +43,9 @@ console = Console()
 
 @dataclass(frozen=True)
 class Quantized:
-    """One quantized copy of the model, as loaded from its checkpoint."""
+    """One quantized copy of the model, as loaded from its checkpoint and compiled."""
 
-    model: Any
+    variant: _speed.Variant
     report: parofx.QuantizationReport
     folder: Path
     quality: EvalResult
@@ -83,13 +83,13 @@ def main() -> None:
     with stage("compiling, then timing prefill and decoding in interleaved rounds"):
         speeds = _speed.measure(
             {
-                "bf16 eager": _speed.Variant(model, None),
-                "bf16 Inductor": _speed.Variant(deepcopy(model), "inductor"),
-                "parofx": _speed.Variant(paro.model, "paro"),
+                "bf16 eager": _speed.Variant.of(model, None),
+                "bf16 Inductor": _speed.Variant.of(deepcopy(model), "inductor"),
+                "parofx": paro.variant,
             },
             calibration[:1],
         )
-    generate(paro.model, tokenizer)
+    generate(paro.variant.model, tokenizer)
     console.print(table(float_quality, rounded, paro, speeds))
     console.print(f"done in {time.perf_counter() - start:.0f} s", highlight=False)
 
@@ -114,7 +114,7 @@ def model_file() -> Path:
 def quantized(
     name: str, model: Any, tokenizer: Any, calibration: Tensor, held_out: Tensor, config: parofx.ParoConfig
 ) -> Quantized:
-    """Quantize a copy of the model, save it, load it back and evaluate what was loaded."""
+    """Quantize a copy of the model, save it, load it back, compile and evaluate what was loaded."""
     folder = OUTPUT / name.replace(" ", "-")
     copy = deepcopy(model)
     console.print(f"[bold]{name}[/]")
@@ -124,9 +124,10 @@ def quantized(
         parofx.save_pretrained(copy, folder, tokenizer=tokenizer, overwrite=True)
         report.save(folder / "parofx_report.json")
         loaded = parofx.load_pretrained(folder)
-    with stage("evaluating it against bf16 on held-out text"):
-        quality = evaluate(loaded, held_out, reference=model)
-    return Quantized(loaded, report, folder, quality)
+    variant = _speed.Variant.of(loaded, "paro")
+    with stage("compiling it, and evaluating it against bf16 on held-out text"):
+        quality = evaluate(variant.forward, held_out, reference=model, batch_size=1)
+    return Quantized(variant, report, folder, quality)
 
 
 def draw(model: Any, rounded: Quantized, paro: Quantized) -> None:
@@ -136,7 +137,7 @@ def draw(model: Any, rounded: Quantized, paro: Quantized) -> None:
     weight = model.get_submodule(best.name).weight.detach()
     plots.plot_weights(
         weight,
-        plots.rotated_weight(weight, paro.model.get_submodule(best.name)),
+        plots.rotated_weight(weight, paro.variant.model.get_submodule(best.name)),
         bits=best.bits,
         group_size=best.group_size,
         title=best.name,

@@ -190,8 +190,9 @@ def _batch_size(model: nn.Module, tokens: Tensor) -> int:
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), batch.device)
-    # A cache of keys and values would be filled for nothing.
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    # A cache of keys and values would be filled for nothing. A compiled module hides its signature.
+    signature = inspect.signature(getattr(model, "_orig_mod", model).forward)
+    options = {"use_cache": False} if "use_cache" in signature.parameters else {}
     output = model(batch.to(device), **options)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or tuple(logits.shape[:2]) != tuple(batch.shape) or logits.dim() != 3:
