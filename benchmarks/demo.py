@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 import parofx
 from benchmarks import _speed, _texts
 from parofx import plots
-from parofx.calibration.data import pack_tokens
+from parofx.calibration.data import pack_tokens, sample_from_model
 from parofx.evaluation import EvalResult, evaluate
 from parofx.models import load_model
 
@@ -33,7 +33,10 @@ OUTPUT = Path("demo-output")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.")
 SEQLEN = 512
-CALIBRATION_SAMPLES = 32
+TEXT_SAMPLES = 16
+#: Texts that the model writes itself, at temperature 1: calibrated on documentation alone, it forgets how to chat.
+OWN_SAMPLES, OWN_SEQLEN = 32, 256
+BATCH = 8
 EVALUATION_WINDOWS = 16
 #: Rounding to nearest reads data for nothing but its error report.
 REPORT_SAMPLES = 8
@@ -64,15 +67,20 @@ def main() -> None:
         model, tokenizer = load_model(model_file(), dtype=torch.bfloat16)
     with stage("tokenizing texts that every Python installation has"):
         for_calibration, for_evaluation = _texts.calibration_and_evaluation()
-        calibration = pack_tokens(for_calibration, tokenizer, seqlen=SEQLEN, samples=CALIBRATION_SAMPLES)
+        texts = pack_tokens(for_calibration, tokenizer, seqlen=SEQLEN, samples=TEXT_SAMPLES)
         held_out = pack_tokens(for_evaluation, tokenizer, seqlen=SEQLEN, samples=EVALUATION_WINDOWS, seed=1)
     with stage("saving the bf16 model, to compare sizes"):
         model.save_pretrained(OUTPUT / "bf16")
     with stage("evaluating the bf16 model"):
         float_quality = evaluate(model, held_out)
 
-    fitting = parofx.CalibrationConfig(samples=CALIBRATION_SAMPLES, seqlen=SEQLEN)
-    nearest = parofx.CalibrationConfig(samples=REPORT_SAMPLES, seqlen=SEQLEN, steps=0, clip_ratios=(1.0,))
+    with stage("letting the model write texts of its own, to calibrate on as well"):
+        writing = parofx.CalibrationConfig(samples=OWN_SAMPLES, batch_size=OWN_SAMPLES, seqlen=OWN_SEQLEN)
+        own = sample_from_model(model, tokenizer, writing)
+    calibration = [*torch.split(texts, BATCH), *torch.split(own, BATCH)]
+
+    fitting = parofx.CalibrationConfig(samples=TEXT_SAMPLES + OWN_SAMPLES)
+    nearest = parofx.CalibrationConfig(samples=REPORT_SAMPLES, steps=0, clip_ratios=(1.0,))
     rounded = quantized(
         "round to nearest", model, tokenizer, calibration, held_out, parofx.ParoConfig(krot=0, calibration=nearest)
     )
@@ -87,7 +95,7 @@ def main() -> None:
                 "bf16 Inductor": _speed.Variant.of(deepcopy(model), "inductor"),
                 "parofx": paro.variant,
             },
-            calibration[:1],
+            texts[:1],
         )
     generate(paro.variant.model, tokenizer)
     console.print(table(float_quality, rounded, paro, speeds))
@@ -112,14 +120,14 @@ def model_file() -> Path:
 
 
 def quantized(
-    name: str, model: Any, tokenizer: Any, calibration: Tensor, held_out: Tensor, config: parofx.ParoConfig
+    name: str, model: Any, tokenizer: Any, calibration: list[Tensor], held_out: Tensor, config: parofx.ParoConfig
 ) -> Quantized:
     """Quantize a copy of the model, save it, load it back, compile and evaluate what was loaded."""
     folder = OUTPUT / name.replace(" ", "-")
     copy = deepcopy(model)
     console.print(f"[bold]{name}[/]")
     report = parofx.quantize(copy, config, calibration=calibration)
-    console.print(f"          {report}", highlight=False)
+    console.print(f"          {report}", highlight=False, soft_wrap=True)
     with stage(f"saving {folder} and loading it back"):
         parofx.save_pretrained(copy, folder, tokenizer=tokenizer, overwrite=True)
         report.save(folder / "parofx_report.json")
@@ -131,16 +139,17 @@ def quantized(
 
 
 def draw(model: Any, rounded: Quantized, paro: Quantized) -> None:
-    """Draw the layer whose error fell most, and the errors of all layers."""
+    """Draw the layer whose fall in error is the median one, and the errors of all layers."""
     before = {linear.name: linear.relative_error for linear in rounded.report.linears}
-    best = min(paro.report.linears, key=lambda linear: linear.relative_error / before[linear.name])
-    weight = model.get_submodule(best.name).weight.detach()
+    by_gain = sorted(paro.report.linears, key=lambda linear: linear.relative_error / before[linear.name])
+    typical = by_gain[len(by_gain) // 2]
+    weight = model.get_submodule(typical.name).weight.detach()
     plots.plot_weights(
         weight,
-        plots.rotated_weight(weight, paro.variant.model.get_submodule(best.name)),
-        bits=best.bits,
-        group_size=best.group_size,
-        title=best.name,
+        plots.rotated_weight(weight, paro.variant.model.get_submodule(typical.name)),
+        bits=typical.bits,
+        group_size=typical.group_size,
+        title=typical.name,
         path=OUTPUT / "weights.png",
     )
     runs = {"round to nearest": rounded.report.linears, "parofx": paro.report.linears}
@@ -189,9 +198,10 @@ def table(float_quality: EvalResult, rounded: Quantized, paro: Quantized, speeds
     for name, speed in speeds.items():
         cells = [f"{speed.prefill:.0f} · {speed.decode:.1f}"]
         row = ["–", "–", *cells] if name == "parofx" else [*cells, "–", "–"]
-        result.add_row(f"prefill · decode, tokens/s: {name}", *row)
+        result.add_row(f"tokens/s, {name}", *row)
     result.caption = (
-        f"{float_quality.tokens} held-out tokens; {torch.get_num_threads()} threads; medians of {_speed.ROUNDS} rounds"
+        f"{float_quality.tokens} held-out tokens; tokens/s: prefill of {SEQLEN} · decode, batch 1, "
+        f"{torch.get_num_threads()} threads, medians of {_speed.ROUNDS} interleaved rounds"
     )
     return result
 

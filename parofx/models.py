@@ -83,6 +83,8 @@ def is_paro_checkpoint(folder: str | Path) -> bool:
 def example_inputs(model: nn.Module, *, seqlen: int = 16) -> dict[str, Tensor]:
     """Return inputs of the right names and shapes for a `transformers` model, as its configuration describes them.
 
+    They are a batch of two: a capture takes a size of one for a constant.
+
     Raises:
         CheckpointError: if the model's main input is neither tokens nor pixels.
     """
@@ -90,7 +92,7 @@ def example_inputs(model: nn.Module, *, seqlen: int = 16) -> dict[str, Tensor]:
     config: Any = getattr(model, "config", None)
     device = next(model.parameters()).device
     if name == "input_ids":
-        inputs = {name: torch.arange(seqlen, device=device)[None] % config.get_text_config().vocab_size}
+        inputs = {name: torch.arange(2 * seqlen, device=device).view(2, -1) % config.get_text_config().vocab_size}
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs[name].clone()
         return inputs
@@ -98,7 +100,7 @@ def example_inputs(model: nn.Module, *, seqlen: int = 16) -> dict[str, Tensor]:
         size = config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         dtype = next(model.parameters()).dtype
-        return {name: torch.zeros(1, config.num_channels, height, width, device=device, dtype=dtype)}
+        return {name: torch.zeros(2, config.num_channels, height, width, device=device, dtype=dtype)}
     raise CheckpointError(
         f"{type(model).__name__} takes {name!r}: example inputs are known for 'input_ids' and 'pixel_values'; "
         "call parofx.explain(model, *inputs) from Python"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -37,6 +37,9 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Windows per forward; chosen by memory without it.")
     ] = None,
+    compile: Annotated[
+        bool, typer.Option(help="Compile the model with torch.compile(backend='paro'): pays off on long texts.")
+    ] = False,
     json_file: JsonFile = None,
     revision: Revision = None,
     offline: Offline = False,
@@ -49,7 +52,7 @@ def evaluate(
     \b
     parofx eval llama-paro --text held_out.txt
     parofx eval llama-paro --text held_out.txt --reference ./llama --windows 100
-    parofx eval ./llama --text wikitext:wikitext-2-raw-v1:test --json float.json
+    parofx eval llama-paro --text wikitext:wikitext-2-raw-v1:test --compile --json out.json
     """  # noqa: D301
     loaded = load(
         model, revision=revision, offline=offline, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -62,11 +65,14 @@ def evaluate(
             reference, revision=None, offline=offline, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         ).model
 
+    import torch
+
     from parofx import evaluation
     from parofx.calibration.data import load_texts, pack_tokens
 
     tokens = pack_tokens(load_texts(text, split="test"), loaded.tokenizer, seqlen=seqlen)[:windows]
-    result = evaluation.evaluate(loaded.model, tokens, reference=other, batch_size=batch_size, progress=True)
+    measured: Any = torch.compile(loaded.model, backend="paro") if compile else loaded.model
+    result = evaluation.evaluate(measured, tokens, reference=other, batch_size=batch_size, progress=True)
 
     table = Table(box=None, show_header=False)
     table.add_row("tokens", f"{result.tokens} in {result.windows} windows of {seqlen}")

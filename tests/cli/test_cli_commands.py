@@ -76,6 +76,17 @@ def test_eval_compares_with_the_float_model(files: Files, run: Run, tmp_path: Pa
         assert label in output
 
 
+@pytest.mark.slow
+def test_eval_compiles(files: Files, run: Run, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    options = ("--text", files.text, "--seqlen", 16, "--windows", 2)
+    perplexities = []
+    for flag in ("--compile", "--no-compile"):
+        assert run("eval", files.paro, *options, flag, "--json", tmp_path / "result.json").status == 0
+        perplexities.append(json.loads((tmp_path / "result.json").read_text())["perplexity"])
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
+
+
 def test_eval_without_a_reference_measures_perplexity_alone(files: Files, run: Run) -> None:
     status, output, _ = run("eval", files.float_model, "--text", files.text, "--seqlen", 16, "--windows", 1)
     assert status == 0, output
