@@ -1,0 +1,208 @@
+"""Device functions that the kernels share.
+
+Rounds of a rotation on rows held in registers, dequantization of a tile of words, the tile's place among siblings,
+and the reduction of split-K. `layout` says how the tensors lie in memory.
+
+`PTX` chooses inline assembly for NVIDIA over the same arithmetic in plain Triton, which serves AMD and the
+interpreter; both are exact, so the results are the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: fp16 holds 1024 … 2047 in steps of 1, so that a code or-ed into the bits of 1024.0 is the number 1024 + code.
+FP16_MAGIC = tl.constexpr(0x6400)
+#: And bf16 128 … 255: the bits of 128.0.
+BF16_MAGIC = tl.constexpr(0x4300)
+
+# Two words a register. Of the fp16 form's four nibbles, the odd ones are used where they lie, in bits 4..7: there they
+# are 1024 + 16·code, and a fused multiply-add by 1/16 (0x2c00) brings the product to 64 + code without a shift.
+DEQUANTIZE_FP16 = tl.constexpr("""
+{
+    .reg .b32 high, even, odd, sixteenth;
+    mov.b32 sixteenth, 0x2c002c00;
+    shr.u32 high, $4, 8;
+    lop3.b32 even, $4, 0x000f000f, 0x64006400, 0xea;
+    lop3.b32 odd, $4, 0x00f000f0, 0x64006400, 0xea;
+    sub.f16x2 $0, even, $5;
+    fma.rn.f16x2 $1, odd, sixteenth, $6;
+    lop3.b32 even, high, 0x000f000f, 0x64006400, 0xea;
+    lop3.b32 odd, high, 0x00f000f0, 0x64006400, 0xea;
+    sub.f16x2 $2, even, $5;
+    fma.rn.f16x2 $3, odd, sixteenth, $6;
+}
+""")
+# bf16 has seven bits of mantissa: a code in bits 4..7 would reach into the exponent. sm_80 subtracts by fma only.
+DEQUANTIZE_BF16 = tl.constexpr("""
+{
+    .reg .b32 word, code, one;
+    mov.b32 one, 0x3f803f80;
+    lop3.b32 code, $4, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, code, one, $5;
+    shr.u32 word, $4, 4;
+    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $1, code, one, $5;
+    shr.u32 word, $4, 8;
+    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $2, code, one, $5;
+    shr.u32 word, $4, 12;
+    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $3, code, one, $5;
+}
+""")
+
+
+@triton.jit
+def load_in_first_order(x_ptrs, coefficient_ptrs, order_ptrs, mask):
+    """Load rows of channel groups in the order of the first round, scaled: fp32 `[ROWS, GROUP]`.
+
+    Args:
+        x_ptrs: `[ROWS, 1]`, to the first channel of each row's group.
+        coefficient_ptrs: `[ROWS or 1, GROUP]`, to row 0 of the group's coefficients.
+        order_ptrs: `[ROWS or 1, GROUP]`, to row 0 of the group's order.
+        mask: `[ROWS, 1]`; rows outside are zeros.
+    """
+    order = tl.load(order_ptrs).to(tl.int32)
+    x = tl.load(x_ptrs + order, mask=mask, other=0.0)
+    return x.to(tl.float32) * tl.load(coefficient_ptrs)
+
+
+@triton.jit
+def rotate_rows(
+    v, coefficient_ptrs, order_ptrs, ROWS: tl.constexpr, GROUP: tl.constexpr, KROT: tl.constexpr, SHARED: tl.constexpr
+):
+    """Apply all rounds to `v [ROWS, GROUP]`, fp32, scaled and in the first order; return it in channel order.
+
+    Args:
+        v: the rows, each a channel group.
+        coefficient_ptrs: `[ROWS, GROUP]`, or `[1, GROUP]` if all rows are of one group, to row 0.
+        order_ptrs: the same for the order.
+        ROWS: rows of `v`.
+        GROUP: group size.
+        KROT: rounds.
+        SHARED: all rows are of one group.
+    """
+    COEFFICIENT_ROWS: tl.constexpr = 1 if SHARED else ROWS
+    for r in tl.static_range(KROT):
+        both = tl.load(coefficient_ptrs + (r + 1) * GROUP)
+        cos, sin = tl.split(tl.reshape(both, [COEFFICIENT_ROWS, GROUP // 2, 2]))
+        first, second = tl.split(tl.reshape(v, [ROWS, GROUP // 2, 2]))
+        turned = tl.join(cos * first + sin * second, cos * second - sin * first)
+        index = tl.load(order_ptrs + (r + 1) * GROUP).to(tl.int32)
+        v = tl.gather(tl.reshape(turned, [ROWS, GROUP]), tl.broadcast_to(index, [ROWS, GROUP]), 1)
+    return v
+
+
+@triton.jit
+def zero_points(qparams, DTYPE: tl.constexpr):
+    """Return the zero points of qparams words in the two forms that `dequantize` subtracts."""
+    zero = qparams >> 16
+    if DTYPE == tl.float16:
+        even = (zero | FP16_MAGIC).to(tl.int16).to(tl.float16, bitcast=True)
+        # 960 − (1024 + zero) = −(64 + zero), exactly
+        return even, (960.0 - even).to(tl.float16)
+    else:
+        # The sign bit makes it −(128 + zero).
+        negative = (zero | BF16_MAGIC | 0x8000).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return negative, negative
+
+
+@triton.jit
+def scale_of(qparams):
+    """Return the scales of qparams words, fp32."""
+    return (qparams & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def dequantize(words, even_zero, odd_zero, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Return `code − zero` of a word's four nibbles, four tensors of the words' shape, exact in `DTYPE`.
+
+    Args:
+        words: int16.
+        even_zero: what `zero_points` returned, of the words' shape.
+        odd_zero: the same.
+        DTYPE: fp16 or bf16.
+        PTX: inline assembly instead of plain Triton.
+    """
+    if PTX:
+        if DTYPE == tl.float16:
+            return tl.inline_asm_elementwise(
+                DEQUANTIZE_FP16,
+                "=r,=r,=r,=r,r,r,r",
+                [words, even_zero, odd_zero],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                DEQUANTIZE_BF16,
+                "=r,=r,=r,=r,r,r",
+                [words, even_zero],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
+            )
+    else:
+        return (
+            _dequantize_nibble(words, even_zero, 0, DTYPE),
+            _dequantize_nibble(words, even_zero, 1, DTYPE),
+            _dequantize_nibble(words, even_zero, 2, DTYPE),
+            _dequantize_nibble(words, even_zero, 3, DTYPE),
+        )
+
+
+@triton.jit
+def _dequantize_nibble(words, zero, NIBBLE: tl.constexpr, DTYPE: tl.constexpr):
+    code = (words >> (4 * NIBBLE)) & 15
+    if DTYPE == tl.float16:
+        return (code | FP16_MAGIC).to(tl.float16, bitcast=True) - zero
+    else:
+        return (code | BF16_MAGIC).to(tl.bfloat16, bitcast=True) + zero
+
+
+@triton.jit
+def locate_tile(tile, N, n_end_0, n_end_1, n_end_2, BLOCK_N: tl.constexpr, ROTATIONS: tl.constexpr):
+    """Return `(rotation, first column, end of the columns)` of a column tile.
+
+    Siblings with a rotation each (up to 4, ending at columns `n_end_0`, `n_end_1`, `n_end_2` and `N`) have tiles of
+    their own, so that no tile needs two rotations.
+    """
+    rotation = 0
+    start = tile * BLOCK_N
+    end = N
+    if ROTATIONS > 1:
+        tiles = tl.cdiv(n_end_0, BLOCK_N)
+        rotation = tl.where(tile >= tiles, 1, 0)
+        start = tl.where(tile >= tiles, n_end_0 + (tile - tiles) * BLOCK_N, start)
+        end = tl.where(tile >= tiles, n_end_1, n_end_0)
+    if ROTATIONS > 2:
+        tiles += tl.cdiv(n_end_1 - n_end_0, BLOCK_N)
+        rotation = tl.where(tile >= tiles, 2, rotation)
+        start = tl.where(tile >= tiles, n_end_1 + (tile - tiles) * BLOCK_N, start)
+        end = tl.where(tile >= tiles, n_end_2, end)
+    if ROTATIONS > 3:
+        tiles += tl.cdiv(n_end_2 - n_end_1, BLOCK_N)
+        rotation = tl.where(tile >= tiles, 3, rotation)
+        start = tl.where(tile >= tiles, n_end_2 + (tile - tiles) * BLOCK_N, start)
+        end = tl.where(tile >= tiles, N, end)
+    return rotation, start, end
+
+
+@triton.jit
+def last_to_arrive(partial_ptrs, partial, mask, lock_ptr, SPLIT_K: tl.constexpr):
+    """Store a program's share of a split-K sum and tell whether it was the last of `SPLIT_K` to do so.
+
+    The last one adds up all shares, in their order: the result does not depend on who came last. It finds
+    `lock_ptr` at zero and leaves it there, so that nothing need be cleared between launches.
+    """
+    tl.store(partial_ptrs, partial, mask=mask)
+    # All warps have stored before one thread announces it.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(lock_ptr, 1, sem="acq_rel", scope="gpu")
+    last = arrived == SPLIT_K - 1
+    if last:
+        tl.store(lock_ptr, 0)
+    return last
