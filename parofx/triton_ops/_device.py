@@ -30,8 +30,8 @@ DEQUANTIZE_FP16 = tl.constexpr("""
     fma.rn.f16x2 $1, odd, sixteenth, $6;
     lop3.b32 even, high, 0x000f000f, 0x64006400, 0xea;
     lop3.b32 odd, high, 0x00f000f0, 0x64006400, 0xea;
-    sub.f16x2 $2, even, $5;
-    fma.rn.f16x2 $3, odd, sixteenth, $6;
+    sub.f16x2 $2, even, $7;
+    fma.rn.f16x2 $3, odd, sixteenth, $8;
 }
 """)
 # bf16 has seven bits of mantissa: a code in bits 4..7 would reach into the exponent. sm_80 subtracts by fma only.
@@ -43,14 +43,20 @@ DEQUANTIZE_BF16 = tl.constexpr("""
     fma.rn.bf16x2 $0, code, one, $5;
     shr.u32 word, $4, 4;
     lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $1, code, one, $5;
+    fma.rn.bf16x2 $1, code, one, $6;
     shr.u32 word, $4, 8;
     lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $2, code, one, $5;
+    fma.rn.bf16x2 $2, code, one, $7;
     shr.u32 word, $4, 12;
     lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $3, code, one, $5;
+    fma.rn.bf16x2 $3, code, one, $8;
 }
+""")
+
+
+PREFETCH_L2 = tl.constexpr("""
+    prefetch.global.L2 [$1];
+    mov.b32 $0, 0;
 """)
 
 
@@ -96,42 +102,46 @@ def rotate_rows(
 
 
 @triton.jit
-def zero_points(qparams, DTYPE: tl.constexpr):
-    """Return the zero points of qparams words in the two forms that `dequantize` subtracts."""
-    zero = qparams >> 16
-    if DTYPE == tl.float16:
-        even = (zero | FP16_MAGIC).to(tl.int16).to(tl.float16, bitcast=True)
-        # 960 − (1024 + zero) = −(64 + zero), exactly
-        return even, (960.0 - even).to(tl.float16)
+def load_qparams(ptrs, N, GROUP: tl.constexpr):
+    """Load the qparams of a K tile's four nibbles of 32 channels: those of its 1, 2 or 4 groups."""
+    first = tl.load(ptrs)
+    if GROUP == 128:
+        return first, first, first, first
+    elif GROUP == 64:
+        second = tl.load(ptrs + N)
+        return first, first, second, second
     else:
-        # The sign bit makes it −(128 + zero).
-        negative = (zero | BF16_MAGIC | 0x8000).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        return negative, negative
+        return first, tl.load(ptrs + N), tl.load(ptrs + 2 * N), tl.load(ptrs + 3 * N)
 
 
 @triton.jit
 def scale_of(qparams):
-    """Return the scales of qparams words, fp32."""
+    """Return the scales of qparams, fp32."""
     return (qparams & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def dequantize(words, even_zero, odd_zero, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Return `code − zero` of a word's four nibbles, four tensors of the words' shape, exact in `DTYPE`.
+def dequantize(words, qparams, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Return `code − zero point` of the words' four nibbles, four tensors of the words' shape, exact in `DTYPE`.
 
     Args:
         words: int16.
-        even_zero: what `zero_points` returned, of the words' shape.
-        odd_zero: the same.
+        qparams: what `load_qparams` returned, of a shape that broadcasts to the words'.
         DTYPE: fp16 or bf16.
         PTX: inline assembly instead of plain Triton.
     """
+    q_0, q_1, q_2, q_3 = qparams
+    zero_0 = _magic_zero(q_0, DTYPE)
+    zero_1 = _magic_zero(q_1, DTYPE)
+    zero_2 = _magic_zero(q_2, DTYPE)
+    zero_3 = _magic_zero(q_3, DTYPE)
     if PTX:
         if DTYPE == tl.float16:
+            # 960 − (1024 + zero) is −(64 + zero), exactly.
             return tl.inline_asm_elementwise(
                 DEQUANTIZE_FP16,
-                "=r,=r,=r,=r,r,r,r",
-                [words, even_zero, odd_zero],
+                "=r,=r,=r,=r,r,r,r,r,r",
+                [words, zero_0, 960.0 - zero_1, zero_2, 960.0 - zero_3],
                 dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
                 is_pure=True,
                 pack=2,
@@ -139,19 +149,29 @@ def dequantize(words, even_zero, odd_zero, DTYPE: tl.constexpr, PTX: tl.constexp
         else:
             return tl.inline_asm_elementwise(
                 DEQUANTIZE_BF16,
-                "=r,=r,=r,=r,r,r",
-                [words, even_zero],
+                "=r,=r,=r,=r,r,r,r,r,r",
+                [words, zero_0, zero_1, zero_2, zero_3],
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
                 is_pure=True,
                 pack=2,
             )
     else:
         return (
-            _dequantize_nibble(words, even_zero, 0, DTYPE),
-            _dequantize_nibble(words, even_zero, 1, DTYPE),
-            _dequantize_nibble(words, even_zero, 2, DTYPE),
-            _dequantize_nibble(words, even_zero, 3, DTYPE),
+            _dequantize_nibble(words, zero_0, 0, DTYPE),
+            _dequantize_nibble(words, zero_1, 1, DTYPE),
+            _dequantize_nibble(words, zero_2, 2, DTYPE),
+            _dequantize_nibble(words, zero_3, 3, DTYPE),
         )
+
+
+@triton.jit
+def _magic_zero(qparams, DTYPE: tl.constexpr):
+    """Return 1024 + zero point in fp16, or −(128 + zero point) in bf16, where fma subtracts."""
+    zero = qparams >> 16
+    if DTYPE == tl.float16:
+        return (zero | FP16_MAGIC).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        return (zero | BF16_MAGIC | 0x8000).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -206,3 +226,12 @@ def last_to_arrive(partial_ptrs, partial, mask, lock_ptr, SPLIT_K: tl.constexpr)
     if last:
         tl.store(lock_ptr, 0)
     return last
+
+
+@triton.jit
+def prefetch_l2(ptrs):
+    """Ask for the cache lines at these addresses to be brought to L2; NVIDIA only."""
+    # An instruction without a result must still return something.
+    tl.inline_asm_elementwise(
+        PREFETCH_L2, "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )

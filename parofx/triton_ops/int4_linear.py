@@ -17,10 +17,18 @@ One launch, and deterministic; `locks` must be zero before and are zero after.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from parofx.triton_ops._device import dequantize, last_to_arrive, locate_tile, scale_of, zero_points
+from parofx.errors import ShapeError
+from parofx.triton_ops._device import dequantize, last_to_arrive, load_qparams, locate_tile, scale_of
+from parofx.triton_ops.layout import TILE_K, PackedWeight
+from parofx.triton_ops.siblings import check_siblings, column_tiles, inner_ends, split_buffer
+from parofx.triton_ops.tiles import LinearTiles
 
 
 @triton.jit
@@ -85,12 +93,10 @@ def int4_linear_kernel(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for tile in range(first, end):
-        words = tl.load(word_ptrs)
+        qparams = load_qparams(qparam_ptrs, N, GROUP)
+        weights = dequantize(tl.load(word_ptrs), qparams, DTYPE, PTX)
         for nibble in tl.static_range(4):
             if nibble % NIBBLES_PER_GROUP == 0:
-                qparams = tl.load(qparam_ptrs + (nibble // NIBBLES_PER_GROUP) * N)
-                even_zero, odd_zero = zero_points(qparams, DTYPE)
-                weights = dequantize(words, even_zero + tl.zeros_like(words).to(DTYPE), odd_zero, DTYPE, PTX)
                 part = tl.zeros_like(acc)
             if EVEN_K:
                 x = tl.load(x_ptrs + nibble * 32)
@@ -101,7 +107,7 @@ def int4_linear_kernel(
             else:
                 part = tl.dot(x, weights[nibble], part)
             if (nibble + 1) % NIBBLES_PER_GROUP == 0:
-                acc += part * scale_of(qparams)
+                acc += part * scale_of(qparams[nibble])
         x_ptrs += 128
         word_ptrs += N * 32
         qparam_ptrs += GROUPS_PER_TILE * N
@@ -121,3 +127,72 @@ def int4_linear_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns).to(tl.float32)
     tl.store(out_ptr + offs_out, acc.to(DTYPE), mask=mask)
+
+
+def int4_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    ends: Sequence[int],
+    group_size: int,
+    locks: Tensor,
+    tiles: LinearTiles,
+    *,
+    ptx: bool,
+) -> Tensor:
+    """Return `(M, N)`.
+
+    Args:
+        x: `(S, M, K)`.
+        weight: of N columns, of all siblings.
+        bias: `(N,)`, or None.
+        ends: S numbers, the columns' end of each rotation's sibling; the last is N.
+        group_size: channels per group.
+        locks: int32 zeros, one per output tile if `tiles.split_k > 1`; zeros again afterwards.
+        tiles: launch parameters.
+        ptx: inline assembly, for NVIDIA only.
+
+    Raises:
+        ShapeError: if tensors do not fit.
+    """
+    rotations, tokens, channels = x.shape
+    out_features = weight.words.shape[1]
+    check_siblings(rotations, ends, out_features)
+    if weight.words.shape[0] != triton.cdiv(channels, TILE_K) or x.stride(2) != 1:
+        raise ShapeError(
+            f"x must be (S, M, K) with contiguous rows and K in {weight.words.shape[0]} tiles of {TILE_K}, "
+            f"got {tuple(x.shape)} of strides {x.stride()}"
+        )
+    out = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
+    if tokens == 0:
+        return out
+    tiles_n = column_tiles(ends, tiles.block_n)
+    output_tiles = triton.cdiv(tokens, tiles.block_m) * tiles_n
+    partials = split_buffer(tiles.split_k, tokens, out_features, output_tiles, locks)
+    int4_linear_kernel[(output_tiles, tiles.split_k)](
+        x,
+        weight.words,
+        weight.qparams,
+        out if bias is None else bias,
+        out,
+        partials,
+        locks,
+        tokens,
+        out_features,
+        channels,
+        x.stride(1),
+        x.stride(0),
+        *inner_ends(ends),
+        GROUP=group_size,
+        ROTATIONS=rotations,
+        HAS_BIAS=bias is not None,
+        EVEN_K=channels % TILE_K == 0,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        SPLIT_K=tiles.split_k,
+        SWAP_AB=tiles.swap_ab,
+        PTX=ptx,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return out

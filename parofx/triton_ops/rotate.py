@@ -21,10 +21,11 @@ from torch import Tensor
 from parofx.errors import ShapeError
 from parofx.triton_ops._device import load_in_first_order, rotate_rows
 from parofx.triton_ops.layout import PackedRotation
+from parofx.triton_ops.tiles import RotateTiles
 
 
 @triton.jit
-def _rotate_kernel(
+def rotate_kernel(
     x_ptr,
     coefficients_ptr,
     order_ptr,
@@ -49,7 +50,7 @@ def _rotate_kernel(
     tl.store(out_ptrs, v.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def rotate(x: Tensor, rotation: PackedRotation, *, block_m: int, num_warps: int) -> Tensor:
+def rotate(x: Tensor, rotation: PackedRotation, tiles: RotateTiles) -> Tensor:
     """Return `(S, M, K)`: `x (M, K)` under each of the stacked rotations `(S, K/g, 1 + krot, g)`.
 
     Raises:
@@ -64,8 +65,8 @@ def rotate(x: Tensor, rotation: PackedRotation, *, block_m: int, num_warps: int)
     out = torch.empty((rotations, tokens, channels), dtype=x.dtype, device=x.device)
     if tokens == 0:
         return out
-    grid = (triton.cdiv(tokens, block_m), groups, rotations)
-    _rotate_kernel[grid](
+    grid = (triton.cdiv(tokens, tiles.block_m), groups, rotations)
+    rotate_kernel[grid](
         x,
         rotation.coefficients,
         rotation.order,
@@ -75,7 +76,7 @@ def rotate(x: Tensor, rotation: PackedRotation, *, block_m: int, num_warps: int)
         x.stride(0),
         GROUP=group_size,
         KROT=rows - 1,
-        BLOCK_M=block_m,
-        num_warps=num_warps,
+        BLOCK_M=tiles.block_m,
+        num_warps=tiles.num_warps,
     )
     return out
