@@ -31,7 +31,7 @@ from parofx.triton_ops.siblings import check_siblings, column_tiles, inner_ends,
 from parofx.triton_ops.tiles import LinearTiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def int4_linear_kernel(
     x_ptr,
     words_ptr,
@@ -123,7 +123,7 @@ def int4_linear_kernel(
         for _ in tl.static_range(SPLIT_K):
             # Not from L1, which may hold what was there before another program wrote.
             acc += tl.load(shares, mask=mask, other=0.0, cache_modifier=".cg")
-            shares += M.to(tl.int64) * N
+            shares += tl.cast(M, tl.int64) * N
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns).to(tl.float32)
     tl.store(out_ptr + offs_out, acc.to(DTYPE), mask=mask)

@@ -53,13 +53,6 @@ class PackedRotation(NamedTuple):
     order: Tensor
 
 
-class DenseRotation(NamedTuple):
-    """`matrices (…, K/g, g, g)` in the activations' dtype and `channel_scales (…, K)` fp32."""
-
-    matrices: Tensor
-    channel_scales: Tensor
-
-
 def pack_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> PackedWeight:
     """Reorder a checkpoint's quantized weight for the kernels.
 
@@ -157,27 +150,6 @@ def stack_rotations(rotations: Sequence[PackedRotation]) -> PackedRotation:
     if len(shapes) != 1:
         raise ShapeError(f"rotations of siblings must have one K, group_size and krot, got shapes {shapes}")
     return PackedRotation(*(torch.stack(parts) for parts in zip(*rotations, strict=True)))
-
-
-def pack_dense_rotation(
-    pairs: Tensor, theta: Tensor, channel_scales: Tensor, group_size: int, dtype: torch.dtype
-) -> DenseRotation:
-    """Return a rotation as one matrix per group, `ROT(v)` of a group being `(v_group ⊙ scales) @ matrix`.
-
-    Raises:
-        ShapeError: as `pack_rotation`.
-    """
-    in_features = channel_scales.numel()
-    _check_group_size(group_size, in_features)
-    rotation.check_shapes(in_features, pairs, theta, channel_scales, group_size)
-    rotation.check_pairs(pairs, group_size)
-    matrices = rotation.dense_form(pairs, theta.double(), group_size)
-    return DenseRotation(matrices.to(dtype).contiguous(), channel_scales.float().reshape(-1).contiguous())
-
-
-def stack_dense_rotations(rotations: Sequence[DenseRotation]) -> DenseRotation:
-    """Return the dense rotations of siblings, each its own, as `(siblings, …)`."""
-    return DenseRotation(*(torch.stack(parts) for parts in zip(*rotations, strict=True)))
 
 
 def _tiles(in_features: int) -> int:

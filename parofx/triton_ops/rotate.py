@@ -24,7 +24,7 @@ from parofx.triton_ops.layout import PackedRotation
 from parofx.triton_ops.tiles import RotateTiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def rotate_kernel(
     x_ptr,
     coefficients_ptr,

@@ -70,15 +70,19 @@ def _rotated_operand(
     v = load_in_first_order(x_ptrs, coefficients_ptr + table, order_ptr + table, inside & (token < M))
     v = rotate_rows(v, coefficients_ptr + table, order_ptr + table, LINES, GROUP, KROT, False)
     v = tl.reshape(v.to(x_ptr.dtype.element_ty), [1, SLICE * ROWS, 128])
-    # Up to 16 rows with copies, which no one looks at.
-    v = tl.reshape(tl.broadcast_to(v, [16 // (SLICE * ROWS), SLICE * ROWS, 128]), [16, 2, 2, 32])
+    # Up to 16 rows with copies, which no one looks at. The last eight are negative: were they the same, the compiler
+    # would keep them in the registers of the first eight, and copy them for every product.
+    v = tl.reshape(tl.broadcast_to(v, [16 // (SLICE * ROWS), SLICE * ROWS, 128]), [16, 128])
+    if SLICE * ROWS <= 8:
+        v = tl.where(tl.arange(0, 16)[:, None] < 8, v, -v)
+    v = tl.reshape(v, [16, 2, 2, 32])
     low, high = tl.split(tl.permute(v, [0, 2, 3, 1]))  # [16, 2, 32], nibbles 0 1 and 2 3
     x_0, x_1 = tl.split(tl.permute(low, [0, 2, 1]))
     x_2, x_3 = tl.split(tl.permute(high, [0, 2, 1]))
     return x_0, x_1, x_2, x_3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def rotate_int4_linear_kernel(
     x_ptr,
     coefficients_ptr,
@@ -141,7 +145,10 @@ def rotate_int4_linear_kernel(
                 part = tl.zeros_like(acc)
             part = tl.dot(x[nibble], weights[nibble], part)
             if (nibble + 1) % NIBBLES_PER_GROUP == 0:
-                acc += tl.where(tile_of_row == tile, part * scale_of(qparams[nibble]), 0.0)
+                scaled = part * scale_of(qparams[nibble])
+                if nibble >= NIBBLES_PER_GROUP:
+                    scaled += acc
+                acc = tl.where(tile_of_row == tile, scaled, acc)
         word_ptrs += N * 32
         qparam_ptrs += GROUPS_PER_TILE * N
 
@@ -163,7 +170,7 @@ def rotate_int4_linear_kernel(
         total = tl.zeros_like(total)
         for _ in tl.static_range(SPLIT_K):
             total += tl.load(shares, mask=mask, other=0.0, cache_modifier=".cg")
-            shares += M.to(tl.int64) * N
+            shares += tl.cast(M, tl.int64) * N
     if HAS_BIAS:
         total += tl.load(bias_ptr + offs_n, mask=offs_n < n_end, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + offs_out, total.to(DTYPE), mask=mask)
