@@ -150,10 +150,19 @@ def rewrite(gm: GraphModule, node: Node, producer: RmsNorm | SiluMul) -> None:
 
 
 def _constants_before(place: Node, nodes: Sequence[Node]) -> None:
+    """Move what comes behind `place` in front of it, with all it is computed from: only constants do."""
     order = {node: index for index, node in enumerate(place.graph.nodes)}
-    for node in dict.fromkeys(nodes):
-        if order[node] > order[place]:
+    moved: set[Node] = set()
+
+    def move(node: Node) -> None:
+        if order[node] > order[place] and node not in moved:
+            for source in node.all_input_nodes:
+                move(source)
             place.prepend(node)
+            moved.add(node)
+
+    for node in nodes:
+        move(node)
 
 
 def _nodes(argument: object) -> list[Node]:
