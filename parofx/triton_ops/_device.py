@@ -212,8 +212,8 @@ def locate_tile(tile, N, n_end_0, n_end_1, n_end_2, BLOCK_N: tl.constexpr, ROTAT
 
 
 @triton.jit
-def last_to_arrive(partial_ptrs, partial, mask, lock_ptr, SPLIT_K: tl.constexpr):
-    """Store a program's share of a split-K sum and tell whether it was the last of `SPLIT_K` to do so.
+def last_to_arrive(partial_ptrs, partial, mask, lock_ptr, splits):
+    """Store a program's share of a split-K sum and tell whether it was the last of `splits` to do so.
 
     The last one adds up all shares, in their order: the result does not depend on who came last. It finds
     `lock_ptr` at zero and leaves it there, so that nothing need be cleared between launches.
@@ -222,7 +222,7 @@ def last_to_arrive(partial_ptrs, partial, mask, lock_ptr, SPLIT_K: tl.constexpr)
     # All warps have stored before one thread announces it.
     tl.debug_barrier()
     arrived = tl.atomic_add(lock_ptr, 1, sem="acq_rel", scope="gpu")
-    last = arrived == SPLIT_K - 1
+    last = arrived == splits - 1
     if last:
         tl.store(lock_ptr, 0)
     return last

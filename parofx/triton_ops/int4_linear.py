@@ -11,7 +11,7 @@ Weights become `q − z`, exact in fp16 and bf16, in registers; a group's produc
 there, so a weight costs no multiplication of its own. `SWAP_AB` computes the transposed product: the weights are then
 the operand that tensor cores of sm_90 and later can read from registers.
 
-With `SPLIT_K > 1` programs share an output tile: each stores an fp32 share, and the last one adds them up in order.
+With `SPLIT` the programs of grid axis 1 share an output tile: each stores an fp32 share, and the last one adds them up in order.
 One launch, and deterministic; `locks` must be zero before and are zero after.
 """
 
@@ -54,7 +54,7 @@ def int4_linear_kernel(
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     SWAP_AB: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -69,7 +69,7 @@ def int4_linear_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile_m = tl.program_id(0) % tiles_m
     tile_n = tl.program_id(0) // tiles_m
-    split = tl.program_id(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     rotation, n_start, n_end = locate_tile(tile_n, N, n_end_0, n_end_1, n_end_2, BLOCK_N, ROTATIONS)
 
     offs_m = tl.expand_dims(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), AXIS_N)  # [BLOCK_M, 1]
@@ -81,7 +81,7 @@ def int4_linear_kernel(
     offs_r = tl.expand_dims(tl.arange(0, 32), AXIS_N)  # [32, 1]
 
     tiles_k = tl.cdiv(K, 128)
-    tiles_per_split = tl.cdiv(tiles_k, SPLIT_K)
+    tiles_per_split = tl.cdiv(tiles_k, splits)
     first = split * tiles_per_split
     end = tl.minimum(first + tiles_per_split, tiles_k)
     x_ptrs = x_ptr + rotation * stride_xs + rows * stride_xm + (first * 128 + offs_xk)
@@ -114,13 +114,13 @@ def int4_linear_kernel(
 
     mask = (offs_m < M) & (offs_n < n_end)
     offs_out = offs_m.to(tl.int64) * N + offs_n
-    if SPLIT_K > 1:
+    if SPLIT:
         shares = partials_ptr + offs_out
         share = split.to(tl.int64) * M * N
-        if not last_to_arrive(shares + share, acc, mask, locks_ptr + tl.program_id(0), SPLIT_K):
+        if not last_to_arrive(shares + share, acc, mask, locks_ptr + tl.program_id(0), splits):
             return
         acc = tl.zeros_like(acc)
-        for _ in tl.static_range(SPLIT_K):
+        for _ in range(splits):
             # Not from L1, which may hold what was there before another program wrote.
             acc += tl.load(shares, mask=mask, other=0.0, cache_modifier=".cg")
             shares += tl.cast(M, tl.int64) * N
@@ -158,7 +158,7 @@ def int4_linear(
     rotations, tokens, channels = x.shape
     out_features = weight.words.shape[1]
     check_siblings(rotations, ends, out_features)
-    if weight.words.shape[0] != triton.cdiv(channels, TILE_K) or x.stride(2) != 1:
+    if weight.words.shape[0] != triton.cdiv(channels, TILE_K) or (x.numel() and x.stride(2) != 1):
         raise ShapeError(
             f"x must be (S, M, K) with contiguous rows and K in {weight.words.shape[0]} tiles of {TILE_K}, "
             f"got {tuple(x.shape)} of strides {x.stride()}"
@@ -189,7 +189,7 @@ def int4_linear(
         EVEN_K=channels % TILE_K == 0,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        SPLIT_K=tiles.split_k,
+        SPLIT=tiles.split_k > 1,
         SWAP_AB=tiles.swap_ab,
         PTX=ptx,
         num_warps=tiles.num_warps,

@@ -57,7 +57,7 @@ def rotate(x: Tensor, rotation: PackedRotation, tiles: RotateTiles) -> Tensor:
         ShapeError: if `x` is no matrix with contiguous rows of K channels.
     """
     rotations, groups, rows, group_size = rotation.order.shape
-    if x.dim() != 2 or x.shape[1] != groups * group_size or x.stride(1) != 1:
+    if x.dim() != 2 or x.shape[1] != groups * group_size or (x.numel() and x.stride(1) != 1):
         raise ShapeError(
             f"x must be (M, {groups * group_size}) with contiguous rows, got {tuple(x.shape)} of strides {x.stride()}"
         )

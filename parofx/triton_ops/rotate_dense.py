@@ -84,7 +84,7 @@ def rotate_dense(x: Tensor, rotation: PackedRotation, tiles: DenseTiles) -> Tens
     """
     rotations, groups, rows, group_size = rotation.order.shape
     channels = groups * group_size
-    if x.dim() != 2 or x.shape[1] != channels or x.stride(1) != 1 or x.dtype.itemsize != 2:
+    if x.dim() != 2 or x.shape[1] != channels or (x.numel() and x.stride(1) != 1) or x.dtype.itemsize != 2:
         raise ShapeError(
             f"x must be float16 or bfloat16 (M, {channels}) with contiguous rows, "
             f"got {x.dtype} {tuple(x.shape)} of strides {x.stride()}"

@@ -107,14 +107,14 @@ def rotate_int4_linear_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLICE: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     PTX: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     GROUPS_PER_TILE: tl.constexpr = 128 // GROUP
     NIBBLES_PER_GROUP: tl.constexpr = GROUP // 32
 
-    split = tl.program_id(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     rotation, n_start, n_end = locate_tile(
         tl.program_id(0), N, n_end_0, n_end_1, n_end_2, BLOCK_N, ROTATIONS
     )
@@ -162,13 +162,13 @@ def rotate_int4_linear_kernel(
         total = tl.where(offs_m == token, tl.sum(tl.where(token_of_row == token, acc, 0.0), axis=0)[None, :], total)
     mask = (offs_m < M) & (offs_n[None, :] < n_end)
     offs_out = offs_m.to(tl.int64) * N + offs_n[None, :]
-    if SPLIT_K > 1:
+    if SPLIT:
         shares = partials_ptr + offs_out
         share = split.to(tl.int64) * M * N
-        if not last_to_arrive(shares + share, total, mask, locks_ptr + tl.program_id(0), SPLIT_K):
+        if not last_to_arrive(shares + share, total, mask, locks_ptr + tl.program_id(0), splits):
             return
         total = tl.zeros_like(total)
-        for _ in tl.static_range(SPLIT_K):
+        for _ in range(splits):
             total += tl.load(shares, mask=mask, other=0.0, cache_modifier=".cg")
             shares += tl.cast(M, tl.int64) * N
     if HAS_BIAS:
@@ -208,7 +208,7 @@ def rotate_int4_linear(
     out_features = weight.words.shape[1]
     check_siblings(rotations, ends, out_features)
     tiles_k = triton.cdiv(channels, TILE_K)
-    if channels != groups * group_size or weight.words.shape[0] != tiles_k or x.stride(1) != 1:
+    if channels != groups * group_size or weight.words.shape[0] != tiles_k or (x.numel() and x.stride(1) != 1):
         raise ShapeError(
             f"x must be (M, {groups * group_size}) with contiguous rows and {weight.words.shape[0]} tiles of {TILE_K} "
             f"channels, got {tuple(x.shape)} of strides {x.stride()}"
@@ -242,7 +242,7 @@ def rotate_int4_linear(
         ROWS=padded_rows(tokens),
         BLOCK_N=tiles.block_n,
         SLICE=tiles.slice_tiles,
-        SPLIT_K=split_k,
+        SPLIT=split_k > 1,
         PTX=ptx,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

@@ -36,7 +36,7 @@ class LinearTiles:
     Args:
         block_m: tokens of an output tile; at least 16, or 8 with `swap_ab`.
         block_n: its output columns; with `swap_ab` at least 16.
-        split_k: programs that share an output tile.
+        split_k: programs that share an output tile; 0 leaves it to the cost model.
         swap_ab: compute the transposed product.
         num_warps: warps of a program.
         num_stages: depth of the pipeline that loads weights.

@@ -1,4 +1,4 @@
-"""The producers that rotate, on a GPU; `test_producers_interpreted.py` runs the same bodies in Triton's interpreter."""
+"""The producers that rotate against their fp64 reference; on a GPU, or in `test_interpreted.py` without one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from parofx import ops
 from parofx.errors import ShapeError
 from parofx.testing import RotationCase
-from parofx.testing.interpreter import is_interpreting, mend_interpreter
 from parofx.triton_ops import layout
 from parofx.triton_ops.producer_tiles import gate_tiles, norm_tiles
 
@@ -26,9 +25,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Largest error over largest value: half a unit in the last place, and what sums in another order cost.
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 WARP = 64 if torch.version.hip else 32
-
-if is_interpreting():
-    mend_interpreter()
 
 sizes = st.fixed_dictionaries(
     {
