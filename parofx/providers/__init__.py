@@ -10,10 +10,11 @@ from parofx.cpu_ops.provider import CpuProvider
 from parofx.providers.aten import AtenProvider
 from parofx.providers.base import Provider, SiblingCall
 from parofx.providers.reference import ReferenceProvider
+from parofx.providers.triton import TritonProvider
 
 __all__ = ["Provider", "SiblingCall", "choose", "providers", "register"]
 
-_PROVIDERS: list[Provider] = [CpuProvider(), AtenProvider(), ReferenceProvider()]
+_PROVIDERS: list[Provider] = [CpuProvider(), TritonProvider(), AtenProvider(), ReferenceProvider()]
 
 
 def providers() -> tuple[Provider, ...]:
