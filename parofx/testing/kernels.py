@@ -129,9 +129,7 @@ def _triton_checks(device: torch.device) -> Iterator[KernelCheck]:
             fused = rotate_linear_cases(max_words=40, **narrowed)
             for siblings in (1, 3):
                 kernel = verification.rotate_int4_linear(tiles, ptx=ptx, siblings=siblings, which=siblings // 2)
-                yield _check(
-                    f"{name} siblings={siblings}", check_rotate_int4_linear, kernel, fused, NARROW_OPERANDS
-                )
+                yield _check(f"{name} siblings={siblings}", check_rotate_int4_linear, kernel, fused, NARROW_OPERANDS)
         else:
             dense = rotation_cases(**narrowed)
             yield _check(name, check_rotation, verification.rotate_dense(tiles), dense, DENSE_ROTATION)

@@ -176,11 +176,16 @@ def _magic_zero(qparams, DTYPE: tl.constexpr):
 
 @triton.jit
 def _dequantize_nibble(words, zero, NIBBLE: tl.constexpr, DTYPE: tl.constexpr):
-    code = (words >> (4 * NIBBLE)) & 15
     if DTYPE == tl.float16:
-        return (code | FP16_MAGIC).to(tl.float16, bitcast=True) - zero
+        # As in the assembly: one shift for two nibbles, of which the odd one stays in bits 4..7.
+        if NIBBLE >= 2:
+            words = words >> 8
+        if NIBBLE % 2 == 0:
+            return ((words & 0x0F) | FP16_MAGIC).to(tl.float16, bitcast=True) - zero
+        else:
+            return ((words & 0xF0) | FP16_MAGIC).to(tl.float16, bitcast=True) * 0.0625 + (960.0 - zero)
     else:
-        return (code | BF16_MAGIC).to(tl.bfloat16, bitcast=True) + zero
+        return (((words >> (4 * NIBBLE)) & 15) | BF16_MAGIC).to(tl.bfloat16, bitcast=True) + zero
 
 
 @triton.jit
@@ -232,6 +237,4 @@ def last_to_arrive(partial_ptrs, partial, mask, lock_ptr, splits):
 def prefetch_l2(ptrs):
     """Ask for the cache lines at these addresses to be brought to L2; NVIDIA only."""
     # An instruction without a result must still return something.
-    tl.inline_asm_elementwise(
-        PREFETCH_L2, "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    tl.inline_asm_elementwise(PREFETCH_L2, "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)

@@ -1,4 +1,4 @@
-"""Compile a row of a launch table ahead of time, as a launch would: what the budgets and the static benchmark look at."""
+"""Compile a row of a launch table ahead of time, as a launch would: what budgets and the static benchmark look at."""
 
 from __future__ import annotations
 

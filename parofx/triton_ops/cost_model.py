@@ -101,7 +101,9 @@ class Plan:
 
 def tuned_table(arch: str) -> Path:
     """Return the file of an architecture's tuned rows: in `$PAROFX_CACHE`, or the user's cache folder."""
-    base = os.environ.get("PAROFX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "parofx"
+    base = (
+        os.environ.get("PAROFX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "parofx"
+    )
     return Path(base) / "launch_tables" / f"{arch}.json"
 
 

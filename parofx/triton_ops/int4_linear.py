@@ -11,8 +11,8 @@ Weights become `q − z`, exact in fp16 and bf16, in registers; a group's produc
 there, so a weight costs no multiplication of its own. `SWAP_AB` computes the transposed product: the weights are then
 the operand that tensor cores of sm_90 and later can read from registers.
 
-With `SPLIT` the programs of grid axis 1 share an output tile: each stores an fp32 share, and the last one adds them up in order.
-One launch, and deterministic; `locks` must be zero before and are zero after.
+With `SPLIT` the programs of grid axis 1 share an output tile: each stores an fp32 share, and the last one adds them
+up in order. One launch, and deterministic; `locks` must be zero before and are zero after.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def int4_linear_kernel(
     SWAP_AB: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Compute `BLOCK_M` tokens and `BLOCK_N` columns over one share of K; grid (output tiles, splits)."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     # Axis of the tokens and of the output columns in the accumulator.
     AXIS_M: tl.constexpr = 1 if SWAP_AB else 0

@@ -19,18 +19,17 @@ from parofx.triton_ops.layout import PackedRotation, PackedWeight
 from parofx.triton_ops.rotate import rotate as launch_rotate
 from parofx.triton_ops.rotate_dense import rotate_dense as launch_rotate_dense
 from parofx.triton_ops.rotate_int4_linear import rotate_int4_linear as launch_rotate_int4_linear
+from parofx.triton_ops.siblings import MAX_ROTATIONS
 from parofx.triton_ops.tiles import DenseTiles, FusedTiles, LinearTiles
 
-#: The least block_m and block_n of any launch table: what locks must suffice for.
+#: The least block_n of any launch table, and the most row tiles of a launch that splits K: what locks must suffice for.
 _FEWEST_COLUMNS = 64
-_FEWEST_ROWS = 8
-#: Above so many tokens there are tiles enough without split-K.
-_MOST_SPLIT_TOKENS = 64
+_MOST_ROW_TILES = 8
 
 
 def make_locks(out_features: int, device: torch.device) -> Tensor:
     """Return what every packed weight of N columns needs besides: int32 zeros, for split-K."""
-    tiles = (-(-out_features // _FEWEST_COLUMNS) + 4) * (_MOST_SPLIT_TOKENS // _FEWEST_ROWS)
+    tiles = (-(-out_features // _FEWEST_COLUMNS) + MAX_ROTATIONS) * _MOST_ROW_TILES
     return torch.zeros(tiles, dtype=torch.int32, device=device)
 
 

@@ -6,7 +6,7 @@ K is `in_features`, N `out_features`, g the group size, T = ⌈K / 128⌉ the nu
 |-|-|-|-|
 | `words` | int16 | `(T, N, 32)` | bits `4j … 4j+3` of `words[t, n, r]`: the code of channel `128·t + 32·j + r` |
 | `qparams` | int32 | `(128·T / g, N)` | low half the fp16 scale's bits, high half the zero point |
-| `coefficients` | fp32 | `(K/g, 1 + krot, g)` | row 0 channel scales, row 1 + r `cos, sin` of round r's pairs, interleaved |
+| `coefficients` | fp32 | `(K/g, 1 + krot, g)` | row 0 channel scales, row 1 + r `cos, sin` of round r's pairs |
 | `order` | uint8 | `(K/g, 1 + krot, g)` | row r: which element comes where before round r; the last row undoes it all |
 
 *Words.* 16 bit wide like the activations they meet, so that a tile goes through shared memory and `ldmatrix` as if it

@@ -37,6 +37,7 @@ def rotate_kernel(
     KROT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    """Rotate `BLOCK_M` rows of one group; grid (row blocks, groups, rotations)."""
     group = tl.program_id(1)
     rotation = tl.program_id(2).to(tl.int64)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]

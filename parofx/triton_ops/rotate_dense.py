@@ -37,6 +37,7 @@ def rotation_matrices_kernel(
     KROT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    """Rotate `BLOCK_M` unit vectors of one group; grid (row blocks, rotations · groups)."""
     group = tl.program_id(1).to(tl.int64)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
     offs_k = tl.arange(0, GROUP)[None, :]  # [1, GROUP]
@@ -61,6 +62,7 @@ def rotate_dense_kernel(
     KROT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    """Multiply `BLOCK_M` rows of one group with its matrix; grid (row blocks, groups, rotations)."""
     group = tl.program_id(1)
     rotation = tl.program_id(2).to(tl.int64)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]

@@ -110,14 +110,13 @@ def rotate_int4_linear_kernel(
     SPLIT: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Rotate `SLICE` tiles of x and multiply them with `BLOCK_N` columns; grid (column tiles, splits)."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     GROUPS_PER_TILE: tl.constexpr = 128 // GROUP
     NIBBLES_PER_GROUP: tl.constexpr = GROUP // 32
 
     split, splits = tl.program_id(1), tl.num_programs(1)
-    rotation, n_start, n_end = locate_tile(
-        tl.program_id(0), N, n_end_0, n_end_1, n_end_2, BLOCK_N, ROTATIONS
-    )
+    rotation, n_start, n_end = locate_tile(tl.program_id(0), N, n_end_0, n_end_1, n_end_2, BLOCK_N, ROTATIONS)
     offs_n = n_start + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
     # Columns beyond the end repeat the last one: no mask in the loop, and nothing of them is stored.
     columns = tl.minimum(offs_n, n_end - 1)
@@ -137,7 +136,7 @@ def rotate_int4_linear_kernel(
     )
     tile_of_row = tl.arange(0, 16)[:, None] // ROWS
     acc = tl.zeros([16, BLOCK_N], dtype=tl.float32)
-    for tile in range(0, tiles):
+    for tile in range(tiles):
         qparams = load_qparams(qparam_ptrs, N, GROUP)
         weights = dequantize(tl.load(word_ptrs), qparams, DTYPE, PTX)
         for nibble in tl.static_range(4):

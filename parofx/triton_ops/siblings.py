@@ -21,7 +21,11 @@ def check_siblings(rotations: int, ends: Sequence[int], out_features: int) -> No
     """
     if not 1 <= rotations <= MAX_ROTATIONS:
         raise ShapeError(f"one launch takes 1 to {MAX_ROTATIONS} rotations, got {rotations}")
-    if len(ends) != rotations or ends[-1] != out_features or any(a >= b for a, b in zip((0, *ends), ends, strict=False)):
+    if (
+        len(ends) != rotations
+        or ends[-1] != out_features
+        or any(a >= b for a, b in zip((0, *ends), ends, strict=False))
+    ):
         raise ShapeError(f"ends must be {rotations} rising columns, the last {out_features}, got {list(ends)}")
 
 

@@ -105,7 +105,9 @@ def test_siblings_with_a_rotation_each(count, tokens, device):
 
 
 def test_split_k_is_deterministic(device):
-    case = RotateLinearCase(batch=(1,), groups=9, group_size=128, krot=8, words=9, dtype=torch.float16, device=str(device))
+    case = RotateLinearCase(
+        batch=(1,), groups=9, group_size=128, krot=8, words=9, dtype=torch.float16, device=str(device)
+    )
     args = (case.x(), *case.rotation(), *case.weight(), 128)
     first = layer(*args)
     for _ in range(3):
@@ -115,7 +117,9 @@ def test_split_k_is_deterministic(device):
 def test_a_cuda_graph_replays(device):
     from parofx.triton_ops import launch
 
-    case = RotateLinearCase(batch=(1,), groups=8, group_size=128, krot=8, words=64, dtype=torch.float16, device=str(device))
+    case = RotateLinearCase(
+        batch=(1,), groups=8, group_size=128, krot=8, words=64, dtype=torch.float16, device=str(device)
+    )
     rotation, weight, bias = packed(case)
     x, locks = case.x(), launch.make_locks(512, device)
 
@@ -144,7 +148,9 @@ def test_what_does_not_fit_is_refused(device):
     from parofx.triton_ops.rotate_int4_linear import rotate_int4_linear
     from parofx.triton_ops.tiles import DenseTiles, FusedTiles, LinearTiles, RotateTiles
 
-    case = RotateLinearCase(batch=(5,), groups=2, group_size=64, krot=1, words=2, dtype=torch.float16, device=str(device))
+    case = RotateLinearCase(
+        batch=(5,), groups=2, group_size=64, krot=1, words=2, dtype=torch.float16, device=str(device)
+    )
     rotation, weight, _ = packed(case)
     x, locks = case.x(), launch.make_locks(16, device)
     narrow = x[:, :64]
@@ -165,5 +171,5 @@ def test_what_does_not_fit_is_refused(device):
         int4_linear(x[None], weight, None, [8], 64, locks, linear, ptx=True)
     with pytest.raises(ShapeError, match="one launch takes 1 to 4 rotations, got 5"):
         int4_linear(x.expand(5, 5, 128), weight, None, [1, 2, 3, 4, 16], 64, locks, linear, ptx=True)
-    with pytest.raises(ShapeError, match="locks must be 1 int32 zeros, got 0 torch.int32"):
+    with pytest.raises(ShapeError, match=r"locks must be 1 int32 zeros, got 0 torch\.int32"):
         int4_linear(x[None], weight, None, [16], 64, locks[:0], linear, ptx=True)
