@@ -36,6 +36,8 @@ from parofx.passes.mutation import memory_of, written_memory
 from parofx.passes.producers import RmsNorm, SiluMul, find_producer, steps
 from parofx.providers.fusing import FusingProvider
 
+_ASSERT = torch.ops.aten._assert_tensor_metadata.default
+
 
 @register
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def why_not(node: Node, producer: RmsNorm | SiluMul | None, written: set[int]) -
     assert isinstance(source, Node)
     if producer is None:
         return f"its input {source.name} is neither RMSNorm nor SiLU·mul"
-    if set(source.users) != {node}:
+    if {user for user in source.users if user.target is not _ASSERT} != {node}:
         return f"its input {source.name} is read by others too"
     computed = steps(source, producer.inputs)
     result, values = _value(source), [_value(step) for step in (*computed, *producer.inputs)]
@@ -122,6 +124,10 @@ def rewrite(gm: GraphModule, node: Node, producer: RmsNorm | SiluMul) -> None:
     source, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size = node.args
     assert isinstance(source, Node)
     assert isinstance(pairs, Sequence)
+    # What the exporter asserts of values that are no longer computed would keep them alive.
+    for step in steps(source, producer.inputs):
+        for user in [user for user in step.users if user.target is _ASSERT]:
+            gm.graph.erase_node(user)
     # Where the sum is, which others read, everything that the fused operator reads is there too, but for constants.
     place = producer.total if isinstance(producer, RmsNorm) and producer.total is not None else source
     _constants_before(place, [*_nodes(pairs), *_nodes(theta), *_nodes(channel_scales), *producer.inputs])
