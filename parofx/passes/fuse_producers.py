@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from parofx import providers
 from parofx.passes.base import PassReport, Stage, register
 from parofx.passes.graph import (
     INT4_SIBLINGS,
@@ -34,7 +35,6 @@ from parofx.passes.graph import (
 from parofx.passes.lower import choose_provider, sibling_call
 from parofx.passes.mutation import memory_of, written_memory
 from parofx.passes.producers import RmsNorm, SiluMul, find_producer, steps
-from parofx.providers.fusing import FusingProvider
 
 _ASSERT = torch.ops.aten._assert_tensor_metadata.default
 
@@ -83,7 +83,7 @@ class FuseProducers:
     def _declined(self, gm: GraphModule, node: Node) -> str | None:
         call = sibling_call(gm, node, self.device)
         provider, _ = choose_provider(call, self.provider)
-        if not isinstance(provider, FusingProvider):
+        if not isinstance(provider, providers.FusingProvider):
             return f"provider {provider.name} has no producers that rotate"
         return provider.why_not_fuse(call)
 

@@ -12,10 +12,9 @@ from torch.fx import GraphModule, Node
 from parofx import providers
 from parofx.errors import LoweringError
 from parofx.passes.graph import RMSNORM_ROTATE, SILU_MUL_ROTATE
-from parofx.providers.fusing import FusedCall, FusingProvider
 
 
-def fused_call(gm: GraphModule, node: Node, device: torch.device | str | None) -> FusedCall:
+def fused_call(gm: GraphModule, node: Node, device: torch.device | str | None) -> providers.FusedCall:
     """Read an `int4_siblings` node and the producer of its inputs off the graph.
 
     Raises:
@@ -46,10 +45,10 @@ def fused_call(gm: GraphModule, node: Node, device: torch.device | str | None) -
         biases=tuple(next(present) if has else None for has in has_bias),
         group_size=group_size,
     )
-    return FusedCall(call, producer)
+    return providers.FusedCall(call, producer)
 
 
-def choose_fusing(fused: FusedCall, forced: str | None) -> tuple[FusingProvider, list[tuple[str, str]]]:
+def choose_fusing(fused: providers.FusedCall, forced: str | None) -> tuple[providers.FusingProvider, list[tuple[str, str]]]:
     """Return the provider for a fused call, and why those before it were passed over.
 
     Raises:
@@ -59,7 +58,7 @@ def choose_fusing(fused: FusedCall, forced: str | None) -> tuple[FusingProvider,
     for provider in providers.providers():
         if forced is not None and provider.name != forced:
             continue
-        if not isinstance(provider, FusingProvider):
+        if not isinstance(provider, providers.FusingProvider):
             reasons.append((provider.name, "it has no producers that rotate"))
             continue
         reason = provider.why_not(fused.call)
@@ -71,7 +70,7 @@ def choose_fusing(fused: FusedCall, forced: str | None) -> tuple[FusingProvider,
     raise LoweringError(f"provider {forced!r} does not serve {fused.call.node.name}: {reason}")
 
 
-def replace_total(fused: FusedCall, total: Node) -> None:
+def replace_total(fused: providers.FusedCall, total: Node) -> None:
     """Let readers of the sum that the producer returns read another node."""
     for user in list(fused.producer.users):
         if user.target is operator.getitem and user.args[1] == len(fused.call.rotations):

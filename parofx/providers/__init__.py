@@ -9,10 +9,11 @@ from __future__ import annotations
 from parofx.cpu_ops.provider import CpuProvider
 from parofx.providers.aten import AtenProvider
 from parofx.providers.base import Provider, SiblingCall
+from parofx.providers.fusing import FusedCall, FusingProvider
 from parofx.providers.reference import ReferenceProvider
 from parofx.providers.triton import TritonProvider
 
-__all__ = ["Provider", "SiblingCall", "choose", "providers", "register"]
+__all__ = ["FusedCall", "FusingProvider", "Provider", "SiblingCall", "choose", "providers", "register"]
 
 _PROVIDERS: list[Provider] = [CpuProvider(), TritonProvider(), AtenProvider(), ReferenceProvider()]
 
