@@ -122,6 +122,8 @@ def why_not_readable(config: object) -> list[str]:
         return [f"quant_method must be {QUANT_METHOD!r}, got {config.get('quant_method')!r}"]
     if config.get("bits", PACKED_BITS[0]) not in PACKED_BITS:
         return [f"bits must be one of {PACKED_BITS}, got {config['bits']!r}"]
+    if not isinstance(config.get("group_sizes", {}), Mapping):
+        return [f"group_sizes must map module names to group sizes, got {config['group_sizes']!r}"]
     return []
 
 
@@ -157,6 +159,9 @@ def why_not_valid(quantized: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 count = int((~tensor.isfinite()).sum())
                 problems.append(f"{name}.{key}: must be finite, got {count} values that are not")
+        zeros = int((tensors["channel_scales"] == 0).sum())
+        if zeros:
+            problems.append(f"{name}.channel_scales: weights are divided by them, got {zeros} zeros")
         group_size = tensors["qweight"].shape[0] // tensors["scales"].shape[0]
         try:
             rotation.check_pairs(tensors["pairs"], group_size, f"{name}.pairs")
