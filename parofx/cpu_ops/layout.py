@@ -10,7 +10,8 @@ and G = K / g:
 | scales | `scales` fp16 (G, N) | `scales` fp16 (N, G) | (G, N) in blocks of 32 columns |
 | rotation | `pairs`, `theta`, `channel_scales` | `rotation` uint8 (bytes,) | one run of bytes per group |
 
-The kernel tensors' shapes give their sizes only; their elements are blocked. Nothing is padded, and as long as every
+The kernel tensors' shapes give their sizes only; their elements are blocked. The angles cannot be read back from
+`rotation`, so who wants the checkpoint's form again keeps `theta`. Nothing is padded, and as long as every
 N is a multiple of 32, concatenating layers along dimension 0 gives the packed tensors of the merged layer.
 """
 
@@ -124,6 +125,7 @@ def pack_rotation(pairs: Tensor, theta: Tensor, channel_scales: Tensor, group_si
     """Pack channel scales and rotation rounds into the kernels' run of bytes.
 
     Cosines and sines are computed in fp64 and kept in fp32: nothing else is lost, but the angles cannot be read back.
+    `unpack_rotation` gives the rest.
 
     Args:
         pairs: integer `(krot, K)`; each (round, group) is a permutation of 0..g-1, whose neighbours are paired.
@@ -165,6 +167,40 @@ def pack_rotation(pairs: Tensor, theta: Tensor, channel_scales: Tensor, group_si
     )
     parts += [rounds.transpose(0, 1).reshape(groups, -1), source[-1]]
     return torch.cat(parts, dim=-1).reshape(-1)
+
+
+def unpack_rotation(rotation: Tensor, theta: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return what `pack_rotation` was given besides the angles.
+
+    Args:
+        rotation: what it returned.
+        theta: the angles it was given, `(krot, K/2)`; read for their shape only.
+        group_size: channels per group; 32, 64 or 128.
+
+    Returns:
+        `(pairs, channel_scales)`: int16 `(krot, K)` and fp16 `(1, K)`, equal to the checkpoint's to the last bit.
+
+    Raises:
+        ShapeError: if a shape, a dtype or `group_size` does not fit.
+    """
+    krot, in_features = theta.shape[0], 2 * theta.shape[1]
+    _check_sizes(in_features, 1, group_size)
+    _check_tensor("rotation", rotation, torch.uint8, (in_features * (5 + 5 * krot if krot else 4),))
+    groups = in_features // group_size
+    runs = rotation.view(groups, -1)
+    scales_bytes = 4 * group_size
+    channel_scales = runs[:, :scales_bytes].contiguous().view(torch.float32).to(torch.float16).view(1, in_features)
+    if krot == 0:
+        return torch.empty(0, in_features, dtype=torch.int16, device=rotation.device), channel_scales
+    rounds = runs[:, scales_bytes:-group_size].view(groups, krot, 5 * group_size)
+    orders = []
+    order = torch.arange(group_size, device=rotation.device).expand(groups, group_size)
+    for source in rounds[..., :group_size].to(torch.int64).unbind(1):
+        order = order.gather(1, source)
+        orders.append(order)
+    # An order is the first channels of all pairs, then the second ones; a checkpoint has neighbours paired.
+    pairs = torch.stack(orders).view(krot, groups, 2, group_size // 2).transpose(2, 3)
+    return pairs.reshape(krot, in_features).to(torch.int16), channel_scales
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
