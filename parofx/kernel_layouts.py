@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-#: Packed tensors that several modules may hold, by content.
+#: Tensors that several modules may hold, by role and content.
 _shared: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakValueDictionary()
 _LAYOUTS: dict[str, KernelLayout] = {}
 
@@ -61,10 +61,20 @@ def choose(device: torch.device, group_size: int) -> KernelLayout | None:
     return next((layout for layout in _LAYOUTS.values() if layout.why_not(device, group_size) is None), None)
 
 
-def share(tensor: Tensor) -> Tensor:
-    """Return a tensor of equal dtype, shape, device and bytes that is alive already, or else this one.
+def share(role: str, tensor: Tensor) -> Tensor:
+    """Return an equal tensor of the same role that is alive already, or else this one.
 
-    Siblings share one rotation: packed on their own, they find one another's. What is shared must not be written.
+    Siblings have one rotation: converted one by one, they find one another's tensors here. Equal means dtype, shape,
+    device and bytes, now: one that was written since is not taken.
     """
-    content = hashlib.sha256(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest()
-    return _shared.setdefault((tensor.dtype, tuple(tensor.shape), tensor.device, content), tensor)
+    content = _bytes(tensor)
+    digest = hashlib.sha256(content.numpy().tobytes()).digest()
+    key = (role, tensor.dtype, tuple(tensor.shape), tensor.device, digest)
+    found = _shared.get(key)
+    if found is None or not torch.equal(_bytes(found), content):
+        _shared[key] = found = tensor
+    return found
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.cpu().contiguous().view(torch.uint8)

@@ -162,7 +162,9 @@ class ParoLinear(nn.Module):
         """Bring the tensors into the checkpoint's layout, until the next forward or `pack_`."""
         with _lock:
             if self.layout != CHECKPOINT:
-                self._hold({"bias": None} | self.checkpoint_tensors(), None)
+                tensors = self.checkpoint_tensors()
+                rotation = {name: kernel_layouts.share(name, tensors[name]) for name in ROTATION_NAMES}
+                self._hold({"bias": None} | tensors | rotation, None)
             self._layout = None
         return self
 
@@ -171,13 +173,12 @@ class ParoLinear(nn.Module):
 
         In the checkpoint's layout they are the module's own, otherwise fresh ones.
         """
-        with _lock:
-            tensors = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-            if self.layout != CHECKPOINT:
-                with torch.no_grad(), torch.inference_mode(False):
-                    bias = {"bias": tensors["bias"]} if "bias" in tensors else {}
-                    tensors = kernel_layouts.by_name(self.layout).unpack(tensors, self.group_size) | bias
+        tensors = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        if self.layout == CHECKPOINT:
             return tensors
+        with torch.no_grad(), torch.inference_mode(False):
+            unpacked = kernel_layouts.by_name(self.layout).unpack(tensors, self.group_size)
+        return unpacked | {name: tensors[name] for name in ("bias",) if name in tensors}
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight `(N, K)` that this module multiplies by, in the unrotated space."""
@@ -229,6 +230,8 @@ class ParoLinear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in TENSOR_NAMES and self.layout != CHECKPOINT:
+            if torch.compiler.is_compiling():
+                return self.checkpoint_tensors()[name]  # a trace must leave the module as it is
             self.unpack_()
         return super().__getattr__(name)
 

@@ -15,6 +15,8 @@ The kernel tensors' shapes give their sizes only; their elements are blocked. Th
 N is a multiple of 32, concatenating layers along dimension 0 gives the packed tensors of the merged layer.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -201,6 +203,33 @@ def unpack_rotation(rotation: Tensor, theta: Tensor, group_size: int) -> tuple[T
     # An order is the first channels of all pairs, then the second ones; a checkpoint has neighbours paired.
     pairs = torch.stack(orders).view(krot, groups, 2, group_size // 2).transpose(2, 3)
     return pairs.reshape(krot, in_features).to(torch.int16), channel_scales
+
+
+def place_together(linears: Sequence[tuple[Tensor, ...]]) -> bool:
+    """Let the packed tensors of linears that are computed in one call be slices of one buffer each, in their order.
+
+    The tensor objects stay, and so do their values; only their memory is another.
+
+    Args:
+        linears: `(weight, scales, zeros)` of each, as `pack_weight` returns them.
+
+    Returns:
+        Whether they are slices of one buffer; a narrow last block of 32 columns keeps linears apart.
+    """
+    if any(len(weight) % BLOCK_COLUMNS for weight, *_ in linears):
+        return False
+    for parts in zip(*linears, strict=True):
+        if not _follow_one_another(parts):
+            buffer = torch.cat([part.detach() for part in parts])
+            for part, piece in zip(parts, buffer.split([len(part) for part in parts]), strict=True):
+                part.data = piece
+    return True
+
+
+def _follow_one_another(parts: Sequence[Tensor]) -> bool:
+    storages = {part.untyped_storage()._cdata for part in parts}
+    ends = [part.storage_offset() + part.numel() for part in parts]
+    return len(storages) == 1 and ends[:-1] == [part.storage_offset() for part in parts[1:]]
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

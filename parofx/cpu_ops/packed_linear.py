@@ -155,8 +155,9 @@ class CpuLayout:
         theta = tensors["theta"]
         rotation = layout.pack_rotation(tensors["pairs"], theta, tensors["channel_scales"], group_size)
         weight = layout.pack_weight(tensors["qweight"], tensors["qzeros"], tensors["scales"], group_size)
-        values = (kernel_layouts.share(rotation), kernel_layouts.share(theta), *weight)
-        return dict(zip(self.buffers, values, strict=True))
+        # Copied, since the checkpoint's may be written while a sibling is packed already.
+        shared = kernel_layouts.share("cpu_rotation", rotation), kernel_layouts.share("cpu_theta", theta.clone())
+        return dict(zip(self.buffers, (*shared, *weight), strict=True))
 
     def unpack(self, packed: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
         """Invert `pack`: fresh tensors, equal to the last bit."""
