@@ -164,7 +164,7 @@ class ParoLinear(nn.Module):
             if self.layout != CHECKPOINT:
                 tensors = self.checkpoint_tensors()
                 rotation = {name: kernel_layouts.share(name, tensors[name]) for name in ROTATION_NAMES}
-                self._hold({"bias": None} | tensors | rotation, None)
+                self._hold(tensors | rotation, None)
             self._layout = None
         return self
 
@@ -223,7 +223,7 @@ class ParoLinear(nn.Module):
 
     def _hold(self, buffers: Mapping[str, Tensor | None], layout: str | None) -> None:
         """Replace all buffers, by a new dictionary: who iterates over the old one is not disturbed."""
-        self._buffers = dict(buffers)
+        self._buffers = {**buffers, "bias": buffers.get("bias")}
         # Kernels' buffers are in no state_dict under their own names.
         self._non_persistent_buffers_set = set() if layout is None else set(buffers) - {"bias"}
         self._layout = layout

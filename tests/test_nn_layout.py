@@ -117,12 +117,15 @@ def test_load_state_dict(assign, packed):
 def test_load_state_dict_is_strict_in_either_layout():
     state = some_linear(seed=1).state_dict()
     for module in (some_linear(), some_linear().pack_()):
-        before = copy.deepcopy(module.state_dict())
+        layout = module.layout
         with pytest.raises(RuntimeError, match=r'(?s)Missing key.*"theta".*Unexpected key.*"cpu_weight"'):
             module.load_state_dict({key: state[key] for key in state if key != "theta"} | {"cpu_weight": state["bias"]})
         with pytest.raises(RuntimeError, match="size mismatch for qweight"):
             module.load_state_dict(state | {"qweight": state["qweight"][:8]})
-        assert torch.equal(module.theta, before["theta"])
+        assert module.layout == layout
+        # As in any module, what did fit is loaded.
+        assert torch.equal(module.state_dict()["theta"], state["theta"])
+        assert relative_error(module(some_input()), reference(module.state_dict(), some_input())) < FP32
 
 
 @pytest.mark.parametrize(

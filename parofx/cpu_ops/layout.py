@@ -26,6 +26,9 @@ BLOCK_COLUMNS = 32
 CHUNK = 8
 GROUP_SIZES = (32, 64, 128)
 
+# Whole blocks of columns are packed at once, but not all: the temporary copies stay small.
+_WORDS_AT_ONCE = 16 * BLOCK_COLUMNS // CHUNK
+
 # Column 8w + NIBBLE_COLUMNS[i] of the checkpoint's word w is in bits 4i..4i+3.
 NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -53,11 +56,13 @@ def pack_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int
     _check_tensor("qzeros", qzeros, torch.int32, (groups, words))
     _check_tensor("scales", scales, torch.float16, (groups, out_features))
 
-    by_chunk = qweight.reshape(in_features // CHUNK, CHUNK, words).clone()
-    _transpose_nibbles(by_chunk)
-    # Row i of a chunk now holds eight channels of column 8w + NIBBLE_COLUMNS[i].
-    columns = by_chunk[:, _inverse(NIBBLE_COLUMNS)].transpose(1, 2).reshape(-1, out_features)
-    weight = _to_blocks(columns).view(torch.uint8).view(out_features, in_features // 2)
+    weight = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=qweight.device)
+    for part, into in zip(qweight.split(_WORDS_AT_ONCE, dim=1), weight.split(CHUNK * _WORDS_AT_ONCE), strict=True):
+        by_chunk = part.reshape(in_features // CHUNK, CHUNK, -1).clone()
+        _transpose_nibbles(by_chunk)
+        # Row i of a chunk now holds eight channels of column 8w + NIBBLE_COLUMNS[i].
+        columns = by_chunk[:, _inverse(NIBBLE_COLUMNS)].transpose(1, 2).reshape(-1, len(into))
+        into.copy_(_to_blocks(columns).view(torch.uint8).view_as(into))
     zeros = _to_blocks(_unpack_nibbles(qzeros)).view(out_features, groups)
     return weight, _to_blocks(scales).view(out_features, groups), zeros
 
