@@ -102,6 +102,8 @@ def quantize(
         peak_memory_bytes=_peak_memory_bytes(),
         passes=pipeline.records(),
     )
+    for module in modules.values():
+        module.pack_()
     _write_back(model, modules)
     _warn(model, report)
     return report

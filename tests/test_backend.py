@@ -513,7 +513,7 @@ def test_a_compiled_graph_keeps_no_model_alive():
         model = make()
         fast = compiled(model)
         quietly(fast, inputs())
-        tensors = [weakref.ref(tensor) for tensor in model.state_dict(keep_vars=True).values()]
+        tensors = [weakref.ref(tensor) for tensor in (*model.parameters(), *model.buffers())]
         del model, fast
         gc.collect()
         assert [reference() for reference in tensors if reference() is not None] == []
