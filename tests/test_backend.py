@@ -202,11 +202,11 @@ def test_a_lowered_model_holds_one_copy_of_its_weights():
     model = round_model(model, group_size=128, krot=2)
     linears = [module for module in model.modules() if isinstance(module, ParoLinear)]
     state = copy.deepcopy(model.state_dict())
-    size = sum(linear.packed_bytes() for linear in linears)
+    size = sum(layer.packed_bytes() for layer in linears)
     gc.collect()
     others = _storages()
-    for linear in linears:
-        others -= {buffer.untyped_storage()._cdata for buffer in linear.buffers()}
+    for layer in linears:
+        others -= {buffer.untyped_storage()._cdata for buffer in layer.buffers()}
     fast = compiled(model)
     for rows, function in ((8, fast), (1, fast), (77, compiled(model, dynamic=True))):
         x = inputs(rows, 512)
@@ -215,7 +215,7 @@ def test_a_lowered_model_holds_one_copy_of_its_weights():
     gc.collect()
     alive = {cdata: nbytes for cdata, nbytes in _sizes().items() if cdata not in others}
     assert sum(alive.values()) <= 1.1 * size
-    q, k = (linear.get_buffer("cpu_weight") for linear in linears[2:])
+    q, k = (layer.get_buffer("cpu_weight") for layer in linears[2:])
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
