@@ -260,7 +260,8 @@ class ParoLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         with _lock:
-            held, layout = self._buffers, self.layout
+            layout = self.layout
+            held: dict[str, Any] = self._buffers
             self.unpack_()
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
             if layout == CHECKPOINT:

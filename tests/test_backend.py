@@ -214,7 +214,7 @@ def test_a_lowered_model_holds_one_copy_of_its_weights():
     del x
     gc.collect()
     alive = {cdata: nbytes for cdata, nbytes in _sizes().items() if cdata not in others}
-    assert sum(alive.values()) <= 1.1 * size
+    assert 0.9 * size < sum(alive.values()) <= 1.1 * size
     q, k = (layer.get_buffer("cpu_weight") for layer in linears[2:])
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

@@ -137,8 +137,8 @@ class CpuLayout:
     """Hold linears on CPU as the native kernels read them."""
 
     name = "cpu"
-    buffers = ("cpu_rotation", "cpu_theta", "cpu_weight", "cpu_scales", "cpu_zeros")
-    weight_buffers = ("cpu_weight", "cpu_scales", "cpu_zeros")
+    buffers: tuple[str, ...] = ("cpu_rotation", "cpu_theta", "cpu_weight", "cpu_scales", "cpu_zeros")
+    weight_buffers: tuple[str, ...] = ("cpu_weight", "cpu_scales", "cpu_zeros")
 
     def why_not(self, device: torch.device, group_size: int) -> str | None:
         """Return why linears on a device are not held in this layout, or None."""
