@@ -21,6 +21,9 @@ SMALLEST_GROUP_SIZE = 32
 
 Recipe = Literal["fast", "data-free"]
 PairMethod = Literal["matching", "greedy"]
+#: What a lowered linear multiplies: rotated activations as they are, or quantized to int8 per (row, group).
+Activations = Literal["float", "int8"]
+ACTIVATIONS: tuple[Activations, ...] = ("float", "int8")
 _RECIPES = ("fast", "data-free")
 _PAIR_METHODS = ("matching", "greedy")
 
