@@ -42,7 +42,8 @@ from parofx.pipeline import Pipeline
 logger = logging.getLogger("parofx")
 
 _CONFIG_OPTIONS = (
-    "bits", "group_size", "krot", "modules_to_not_convert", "share_siblings", "mixed_group_size", "steps", "seed",
+    "bits", "group_size", "krot", "modules_to_not_convert", "share_siblings", "lm_head", "mixed_group_size", "steps",
+    "seed",
 )  # fmt: skip
 
 
