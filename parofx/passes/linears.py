@@ -157,12 +157,12 @@ class Selection:
 
 
 def name_tied_heads(units: Iterable[LinearUnit], embeddings: Iterable[torch.Tensor]) -> None:
-    """Name each unit that reads an embedding table after the module of its calls, if that is another than the table's."""
+    """Name each unit that reads an embedding table after the module of its calls."""
     tables = list(embeddings)
     for unit in units:
         if any(unit.weight.tensor is table for table in tables):
             modules = {stack[-1][0] for call in unit.calls if (stack := module_stack(call))}
-            if len(modules) == 1 and modules != {unit.name} and modules != {""}:
+            if len(modules) == 1 and modules != {""}:
                 unit.module = modules.pop()
 
 

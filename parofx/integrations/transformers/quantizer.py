@@ -193,7 +193,7 @@ def _drop_ties(model: Any) -> None:
     present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ties = model.all_tied_weights_keys
     kept = {target: source for target, source in ties.items() if target in present and source in present}
-    if len(kept) < len(ties):
+    if ties and not kept:
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
     model.all_tied_weights_keys = kept
