@@ -5,7 +5,7 @@
 All paths run in one process, in turn; weights are distinct and together larger than the last-level cache, so that
 decoding reads memory. In every round the read bandwidth is measured too. Rounds in which it fell by a fifth were
 disturbed by something else on the machine and are left out of the medians. Errors are relative to fp64 on the same
-codes, each path in its own coordinates. Results go to benchmarks/results/cpu_linear.json and, with --plot, to a picture.
+codes, each path in its own coordinates. Results go to benchmarks/results/cpu_linear.json; --plot also draws them.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def _measure_shape(in_features: int, out_features: int, options: argparse.Namesp
         times, bandwidth, kept = _interleave(paths, packed[0].nbytes, options.seconds)
         floor = sum(each.nbytes for each in own[0]) / bandwidth
         shape = {"in_features": in_features, "out_features": out_features, "rows": rows, "rounds": kept}
-        results.append(shape | {"gb_per_second": bandwidth / 1e9, "floor_us": floor * 1e6, "us": times, "error": errors})
+        results.append(
+            shape | {"gb_per_second": bandwidth / 1e9, "floor_us": floor * 1e6, "us": times, "error": errors}
+        )
         _print(results[-1])
     return results
 

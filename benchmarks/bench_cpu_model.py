@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import resource
@@ -204,7 +205,7 @@ def _round(model: Any, config: Any, prompt: torch.Tensor, tokens: int) -> tuple[
         position += ids.shape[1]
         ids = logits[:, -1].argmax(-1, keepdim=True)
         times.append(time.perf_counter())
-    gaps = [later - earlier for earlier, later in zip(times[1:], times[2:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times[1:])]
     return times[1] - times[0], statistics.median(gaps)
 
 

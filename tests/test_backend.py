@@ -242,7 +242,9 @@ def test_int8_activations_differ_from_float_by_their_rounding_only(dtype, spy):
 
 def test_int8_activations_have_no_gradient():
     model, x = paro_net(), inputs().requires_grad_()
-    with pytest.raises(BackendCompilerFailed, match=r"'reference' does not serve .*does not quantize activations to int8"):
+    with pytest.raises(
+        BackendCompilerFailed, match=r"'reference' does not serve .*does not quantize activations to int8"
+    ):
         compiled(model, options={"activations": "int8"})(x)
 
 

@@ -2,7 +2,7 @@
 
 | tensor | checkpoint | kernel | order of the kernel's elements |
 |-|-|-|-|
-| codes | `qweight` int32 (K, N/4) | `weight` uint8 (N, K) | two words for 8 channels, (K/4, N), in blocks of 32 columns |
+| codes | `qweight` int32 (K, N/4) | `weight` uint8 (N, K) | words of 4 channels, (K/4, N), in blocks of 32 columns |
 | zero points | `qzeros` int32 (G, N/4) | `zeros` uint8 (N, G) | (G, N) in blocks of 32 columns |
 | scales | `scales` fp16 (G, N) | `scales` fp16 (N, G) | (G, N) in blocks of 32 columns |
 
@@ -20,9 +20,7 @@ CODES_PER_WORD = 4
 _CHANNEL_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def pack_byte_weight(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def pack_byte_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Reorder a checkpoint's 8-bit weight for the kernels.
 
     Args:

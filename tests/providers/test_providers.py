@@ -75,7 +75,9 @@ class TestChoice:
 
     def test_a_call_that_nobody_serves_is_refused_with_every_reason(self) -> None:
         call = a_call(device=torch.device("cuda"), activations="int8")
-        with pytest.raises(LoweringError, match=r"no provider serves .*(?s:.)*cpu: device cuda.*\n.*\n.*reference: it does"):
+        with pytest.raises(
+            LoweringError, match=r"no provider serves .*(?s:.)*cpu: device cuda.*\n.*\n.*reference: it does"
+        ):
             providers.choose(call)
 
     def test_a_registered_provider_comes_first_and_replaces_its_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
