@@ -88,7 +88,7 @@ def _option_type(hint: Any) -> Any:
         return list[typing.get_args(hint)[0]] | None  # type: ignore[misc]
     if typing.get_origin(hint) is typing.Literal:
         # The command line knows strings only; `build_config` reads numbers among them.
-        return typing.Literal[tuple(map(str, typing.get_args(hint)))] | None  # type: ignore[misc]
+        return typing.Literal[tuple(map(str, typing.get_args(hint)))] | None
     return hint | None
 
 
