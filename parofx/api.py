@@ -17,7 +17,7 @@ from parofx.passes.capture import capture, complete_inputs, complete_named
 from parofx.passes.convert import Convert
 from parofx.passes.fuse_producers import FuseProducers
 from parofx.passes.insert_transforms import InsertTransforms
-from parofx.passes.lower import Lower
+from parofx.passes.lower import Lower, place_siblings
 from parofx.passes.merge_siblings import MergeSiblings
 from parofx.passes.transforms import find_transforms
 from parofx.pipeline import Pipeline
@@ -64,7 +64,10 @@ def lower(gm: GraphModule, device: torch.device | str | None = None, *, provider
         device: the target; by default the device of the graph's inputs.
         provider: force one provider by name; by default the first that serves a call.
     """
-    return Pipeline([MergeSiblings(), FuseProducers(device, provider), Lower(device, provider)]).run(gm)
+    passes = [MergeSiblings(), FuseProducers(device, provider), Lower(device, provider)]
+    lowered = Pipeline(passes).run(gm)
+    place_siblings(lowered)
+    return lowered
 
 
 class ExplainedLinear(NamedTuple):

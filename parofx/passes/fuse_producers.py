@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from parofx import providers
+from parofx.config import Activations
 from parofx.passes.base import PassReport, Stage, register
 from parofx.passes.graph import (
     INT4_SIBLINGS,
@@ -44,12 +45,13 @@ _ASSERT = torch.ops.aten._assert_tensor_metadata.default
 class FuseProducers:
     """Let RMSNorm and SiLU·mul rotate their result.
 
-    `device` and `provider` are those of `lower`. With `always`, fuse wherever the graph allows it, whatever the
+    `device`, `provider` and `activations` are those of `lower`. With `always`, fuse wherever the graph allows it, whatever the
     provider says.
     """
 
     device: torch.device | str | None = None
     provider: str | None = None
+    activations: Activations = "float"
     always: bool = False
 
     name: ClassVar[str] = "fuse_producers"
@@ -81,7 +83,7 @@ class FuseProducers:
         return report
 
     def _declined(self, gm: GraphModule, node: Node) -> str | None:
-        call = sibling_call(gm, node, self.device)
+        call = sibling_call(gm, node, self.device, self.activations)
         provider, _ = choose_provider(call, self.provider)
         if not isinstance(provider, providers.FusingProvider):
             return f"provider {provider.name} has no producers that rotate"

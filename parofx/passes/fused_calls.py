@@ -10,11 +10,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from parofx import providers
+from parofx.config import Activations
 from parofx.errors import LoweringError
 from parofx.passes.graph import RMSNORM_ROTATE, SILU_MUL_ROTATE
 
 
-def fused_call(gm: GraphModule, node: Node, device: torch.device | str | None) -> providers.FusedCall:
+def fused_call(
+    gm: GraphModule, node: Node, device: torch.device | str | None, activations: Activations = "float"
+) -> providers.FusedCall:
     """Read an `int4_siblings` node and the producer of its inputs off the graph.
 
     Raises:
@@ -44,6 +47,7 @@ def fused_call(gm: GraphModule, node: Node, device: torch.device | str | None) -
         weights=tuple(zip(_nodes(qweight), _nodes(qzeros), _nodes(scales), strict=True)),
         biases=tuple(next(present) if has else None for has in has_bias),
         group_size=group_size,
+        activations=activations,
     )
     return providers.FusedCall(call, producer)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from parofx import providers
+from parofx.config import Activations
 from parofx.errors import LoweringError, one_per_line
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.fused_calls import choose_fusing, fused_call, replace_total
@@ -25,10 +26,14 @@ from parofx.passes.graph import INT4_SIBLINGS, ROTATE_INT4_SIBLINGS, SEMANTIC, n
 @register
 @dataclass(frozen=True)
 class Lower:
-    """Replace semantic operators by a provider's; `provider` forces one by name."""
+    """Replace semantic operators by a provider's; `provider` forces one by name.
+
+    With `activations` `"int8"`, rotated activations are quantized per (row, group) before they are multiplied.
+    """
 
     device: torch.device | str | None = None
     provider: str | None = None
+    activations: Activations = "float"
 
     name: ClassVar[str] = "lower"
     consumes: ClassVar[tuple[Stage, ...]] = (Stage.CONVERTED,)
@@ -39,7 +44,7 @@ class Lower:
         report = PassReport(self.name)
         used: Counter[str] = Counter()
         for node in nodes_calling(gm.graph, ROTATE_INT4_SIBLINGS):
-            call = sibling_call(gm, node, self.device)
+            call = sibling_call(gm, node, self.device, self.activations)
             provider, passed_over = choose_provider(call, self.provider)
             with gm.graph.inserting_before(node):
                 outputs = provider.emit(call)
@@ -49,7 +54,7 @@ class Lower:
             report.skipped += [(node.name, f"{name}: {reason}") for name, reason in passed_over]
             report.changed += 1
         for node in nodes_calling(gm.graph, INT4_SIBLINGS):
-            fused = fused_call(gm, node, self.device)
+            fused = fused_call(gm, node, self.device, self.activations)
             fusing, passed_over = choose_fusing(fused, self.provider)
             outputs, total = fusing.emit_fused(fused)
             if total is not None:
@@ -88,7 +93,18 @@ def choose_provider(
     return known[forced], []
 
 
-def sibling_call(gm: GraphModule, node: Node, device: torch.device | str | None) -> providers.SiblingCall:
+def place_siblings(gm: GraphModule) -> None:
+    """Give merged siblings the memory that their providers asked for: slices of one buffer.
+
+    Not done while a compiler holds on to the old memory's offsets.
+    """
+    for place in gm.meta.pop("parofx_placements", ()):
+        place()
+
+
+def sibling_call(
+    gm: GraphModule, node: Node, device: torch.device | str | None, activations: Activations = "float"
+) -> providers.SiblingCall:
     """Read a merged call off the graph."""
     x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size = node.args
     assert isinstance(x, Node)
@@ -109,6 +125,7 @@ def sibling_call(gm: GraphModule, node: Node, device: torch.device | str | None)
         weights=tuple(zip(_nodes(qweight), _nodes(qzeros), _nodes(scales), strict=True)),
         biases=tuple(next(present) if has else None for has in has_bias),
         group_size=group_size,
+        activations=activations,
     )
 
 

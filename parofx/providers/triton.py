@@ -50,6 +50,8 @@ class TritonProvider:
             return f"device {call.device.type} is not cuda"
         if call.dtype not in _DTYPES:
             return f"{call.dtype} is not one of {_DTYPES}"
+        if call.activations != "float":
+            return f"activations are {call.activations}; the kernels multiply them as they are"
         if call.group_size not in GROUP_SIZES:
             return f"group_size {call.group_size} is not one of {GROUP_SIZES}"
         if len(call.rotations) > MAX_ROTATIONS:
@@ -125,7 +127,8 @@ def _why_not_device(device: torch.device) -> str | None:
 
 
 def _krot(call: SiblingCall, index: int) -> int:
-    return call.tensor(call.rotations[index][0]).shape[0]
+    _, theta, _ = call.rotations[index]
+    return call.tensor(theta).shape[0]
 
 
 def _ends(call: SiblingCall) -> list[int]:
