@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from parofx.checkpoint import load_pretrained, save_pretrained
     from parofx.config import CalibrationConfig, ParoConfig
     from parofx.dequantization import dequantize
+    from parofx.errors import ParoError
     from parofx.nn import ParoLinear
     from parofx.passes.capture import capture
     from parofx.pipeline import Pipeline
@@ -31,6 +32,7 @@ _PUBLIC = {
     "Explanation": "parofx.api",
     "FloatReason": "parofx.report",
     "ParoConfig": "parofx.config",
+    "ParoError": "parofx.errors",
     "ParoLinear": "parofx.nn",
     "Pipeline": "parofx.pipeline",
     "QuantizationReport": "parofx.report",
@@ -51,6 +53,7 @@ __all__ = [
     "Explanation",
     "FloatReason",
     "ParoConfig",
+    "ParoError",
     "ParoLinear",
     "Pipeline",
     "QuantizationReport",

@@ -16,7 +16,7 @@ from parofx.passes.calibrate import Calibrate
 from parofx.passes.capture import capture, complete_inputs, complete_named
 from parofx.passes.convert import Convert
 from parofx.passes.insert_transforms import InsertTransforms
-from parofx.passes.lower import Lower
+from parofx.passes.lower import Lower, place_siblings
 from parofx.passes.merge_siblings import MergeSiblings
 from parofx.passes.transforms import find_transforms
 from parofx.pipeline import Pipeline
@@ -63,7 +63,9 @@ def lower(gm: GraphModule, device: torch.device | str | None = None, *, provider
         device: the target; by default the device of the graph's inputs.
         provider: force one provider by name; by default the first that serves a call.
     """
-    return Pipeline([MergeSiblings(), Lower(device, provider)]).run(gm)
+    lowered = Pipeline([MergeSiblings(), Lower(device, provider)]).run(gm)
+    place_siblings(lowered)
+    return lowered
 
 
 class ExplainedLinear(NamedTuple):

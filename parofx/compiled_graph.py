@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from parofx.dynamo import placeholders, rebind_parameters, static_fakes, unbind_parameters
 from parofx.passes.derived import State, unchanged
 from parofx.passes.graph import binding, delete_attribute, get_attribute, nodes_calling
+from parofx.passes.lower import place_siblings
 
 logger = logging.getLogger("parofx")
 
@@ -62,8 +63,8 @@ class CompiledGraph:
         self._watched = [index for index, node in enumerate(nodes) if node in made_from]
         constants = _lift_constants(lowered)
         self._constant_names = tuple(constants)
-        # Float weights that were packed are read by nothing any more; sizes may be implied by what is left.
-        read = {node for node in nodes if node.users or node not in made_from}
+        # Some parameters are read by nothing any more; other inputs may imply the sizes of what is left.
+        read = {node for index, node in enumerate(nodes) if node.users or index not in names}
         self._kept = [index for index, node in enumerate(nodes) if node in read]
         for node in nodes:
             if node not in read:
@@ -84,6 +85,7 @@ class CompiledGraph:
                 [example_inputs[index] for index in self._kept] + static_fakes(packed.tensors),
                 config_patches={**inductor},
             )
+        place_siblings(lowered)
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -70,10 +71,14 @@ class CalibrationConfig:
             problems += _check_int(name, getattr(self, name), least)
         problems += _check_int("seed", self.seed, 0)
         problems += _check_bool("resume", self.resume)
-        if not isinstance(self.learning_rate, (int, float)) or not 0 < self.learning_rate < 10:
+        if isinstance(self.work_dir, os.PathLike):
+            object.__setattr__(self, "work_dir", os.fspath(self.work_dir))
+        if self.work_dir is not None and not isinstance(self.work_dir, str):
+            problems.append(f"work_dir must be a path, got {self.work_dir!r}")
+        if not _is_number(self.learning_rate) or not 0 < self.learning_rate < 10:
             problems.append(f"learning_rate must be in (0, 10), got {self.learning_rate!r}")
         ratios = tuple(self.clip_ratios) if isinstance(self.clip_ratios, Iterable) else ()
-        if not ratios or any(not isinstance(ratio, (int, float)) or not 0 < ratio <= 1 for ratio in ratios):
+        if not ratios or any(not _is_number(ratio) or not 0 < ratio <= 1 for ratio in ratios):
             problems.append(f"clip_ratios must hold numbers in (0, 1], got {self.clip_ratios!r}")
         else:
             object.__setattr__(self, "clip_ratios", tuple(float(ratio) for ratio in ratios))
@@ -118,12 +123,14 @@ class ParoConfig:
     def __post_init__(self) -> None:
         problems = []
         names = self.modules_to_not_convert
-        if isinstance(names, str):
-            problems.append(f"modules_to_not_convert must be a sequence of names, got the string {names!r}")
-        elif names and not all(isinstance(name, str) for name in names):
+        names = () if names is None else names
+        if isinstance(names, str) or not isinstance(names, Iterable):
             problems.append(f"modules_to_not_convert must be a sequence of names, got {names!r}")
         else:
-            object.__setattr__(self, "modules_to_not_convert", tuple(names or ()))
+            names = tuple(names)
+            if not all(isinstance(name, str) for name in names):
+                problems.append(f"modules_to_not_convert must be a sequence of names, got {names!r}")
+            object.__setattr__(self, "modules_to_not_convert", names)
         if not isinstance(self.bits, int) or self.bits not in PACKED_BITS:
             problems.append(
                 f"bits must be one of {PACKED_BITS}, got {self.bits!r}: the checkpoint format and the kernels know "
@@ -161,6 +168,10 @@ def _check_int(name: str, value: object, least: int) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         return [f"{name} must be an integer of at least {least}, got {value!r}"]
     return []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_bool(name: str, value: object) -> list[str]:

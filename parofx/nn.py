@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from parofx import kernel_layouts, packing, rotation
 from parofx import ops as _ops  # noqa: F401  (registers torch.ops.parofx)
-from parofx import packing, rotation
+from parofx.cpu_ops import packed_linear as _packed_linear  # noqa: F401  (registers its layout)
 from parofx.errors import ShapeError
+from parofx.linear_tensors import ROTATION_NAMES, TENSOR_NAMES, check_tensors, tensor_specs
 
-#: The tensors of a quantized module, in checkpoint order; `bias` may follow.
-TENSOR_NAMES = ("qweight", "qzeros", "scales", "theta", "pairs", "channel_scales")
-#: The tensors that siblings sharing one transform hold in common.
-ROTATION_NAMES = ("theta", "pairs", "channel_scales")
+__all__ = ["CHECKPOINT", "ROTATION_NAMES", "TENSOR_NAMES", "ParoLinear", "check_tensors", "tensor_specs"]
+
+
+#: The layout that is no kernel's.
+CHECKPOINT = "checkpoint"
+
+#: Held while a module changes its layout.
+_lock = threading.RLock()
 
 
 class ParoLinear(nn.Module):
     """Compute `y = ROT(x ⊙ channel_scales) @ Wq + bias` with `Wq = (q − z)·scales`.
 
-    The buffers are the checkpoint's tensors, and `state_dict` holds exactly these:
+    The tensors are the checkpoint's, and `state_dict` holds exactly these:
 
-    | buffer | dtype | shape |
+    | tensor | dtype | shape |
     |-|-|-|
     | `qweight` | int32 | `(K, N/8)` |
     | `qzeros` | int32 | `(K/g, N/8)` |
@@ -33,7 +41,10 @@ class ParoLinear(nn.Module):
     | `channel_scales` | fp16 | `(1, K)` |
     | `bias` (optional) | fp16 | `(N,)` |
 
-    `.to(dtype)` moves devices and leaves these dtypes alone; the output has the dtype of the input.
+    The module owns one copy of them, as buffers in either of two layouts: the checkpoint's, or from the first forward
+    on that of the device's kernels, where there are such (`layout` tells). `state_dict` and `checkpoint_tensors`
+    convert; reading or setting one of the six by name brings the checkpoint's layout back until the next forward.
+    `.to(dtype)` moves devices and leaves the dtypes alone; the output has the dtype of the input.
 
     Args:
         in_features: K.
@@ -56,6 +67,8 @@ class ParoLinear(nn.Module):
     bias: Tensor | None
     #: There is no float weight; model code that asks for its dtype first tests whether it is a tensor.
     weight: None = None
+    #: Name of the layout; None until the next forward decides.
+    _layout: str | None = None
 
     def __init__(
         self,
@@ -113,29 +126,74 @@ class ParoLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `(…, N)` for `x (…, K)`, in `x`'s dtype."""
+        layout = self._settle()
+        # Not by attribute, which Dynamo would trace through `__getattr__` for every buffer.
+        buffers: dict[str, Any] = self._buffers
+        if layout != CHECKPOINT:
+            return kernel_layouts.by_name(layout).linear(x, buffers, buffers["bias"], self.group_size)
         result: Tensor = torch.ops.parofx.rotate_int4_linear(
             x,
-            self.pairs,
-            self.theta,
-            self.channel_scales,
-            self.qweight,
-            self.qzeros,
-            self.scales,
-            self.bias,
+            buffers["pairs"],
+            buffers["theta"],
+            buffers["channel_scales"],
+            buffers["qweight"],
+            buffers["qzeros"],
+            buffers["scales"],
+            buffers["bias"],
             self.group_size,
         )
         return result
 
+    @property
+    def layout(self) -> str:
+        """The layout the tensors are in: `"checkpoint"`, or the name of a kernel's."""
+        return self._layout or CHECKPOINT
+
+    def pack_(self) -> ParoLinear:
+        """Bring the tensors into the layout of the device's kernels, if there are any, as the first forward does.
+
+        Raises:
+            ShapeError: if `pairs` holds anything but permutations.
+        """
+        self._settle()
+        return self
+
+    def unpack_(self) -> ParoLinear:
+        """Bring the tensors into the checkpoint's layout, until the next forward or `pack_`."""
+        with _lock:
+            if self.layout != CHECKPOINT:
+                tensors = self.checkpoint_tensors()
+                rotation = {name: kernel_layouts.share(name, tensors[name]) for name in ROTATION_NAMES}
+                self._hold(tensors | rotation, None)
+            self._layout = None
+        return self
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Return the checkpoint's tensors by name, without changing the layout.
+
+        In the checkpoint's layout they are the module's own, otherwise fresh ones.
+        """
+        tensors = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        if self.layout == CHECKPOINT:
+            return tensors
+        with torch.no_grad(), torch.inference_mode(False):
+            unpacked = kernel_layouts.by_name(self.layout).unpack(tensors, self.group_size)
+        return unpacked | {name: tensors[name] for name in ("bias",) if name in tensors}
+
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight `(N, K)` that this module multiplies by, in the unrotated space."""
         work = rotation.compute_dtype(dtype)
-        rotated = packing.dequantize_linear(self.qweight, self.qzeros, self.scales, work)
-        reciprocal = self.channel_scales.to(work).reciprocal()
-        return rotation.inverse_rotate(rotated, self.pairs, self.theta, reciprocal, self.group_size).to(dtype)
+        tensors = self.checkpoint_tensors()
+        rotated = packing.dequantize_linear(tensors["qweight"], tensors["qzeros"], tensors["scales"], work)
+        reciprocal = tensors["channel_scales"].to(work).reciprocal()
+        pairs, theta = tensors["pairs"], tensors["theta"]
+        return rotation.inverse_rotate(rotated, pairs, theta, reciprocal, self.group_size).to(dtype)
 
     def packed_bytes(self) -> int:
-        """Return the bytes of all buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers(recurse=False))
+        """Return the bytes of the checkpoint's tensors."""
+        has_bias = self._buffers["bias"] is not None
+        specs = tensor_specs(self.in_features, self.out_features, self.group_size, self.krot, bias=has_bias)
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
 
     def extra_repr(self) -> str:
         """Show sizes and format, as `nn.Linear` does."""
@@ -144,59 +202,81 @@ class ParoLinear(nn.Module):
             f"bits=4, group_size={self.group_size}, krot={self.krot}"
         )
 
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _settle(self) -> str:
+        """Return the layout, chosen and packed first if need be; Dynamo runs this once, while it traces."""
+        if self._layout is not None:
+            return self._layout
+        with _lock:
+            if self._layout is None:
+                buffers: dict[str, Any] = self._buffers
+                if any(type(buffer) is not Tensor for buffer in buffers.values() if buffer is not None):
+                    return CHECKPOINT  # an exporter's tensors hold nothing to pack: decided once there are real ones
+                layout = kernel_layouts.choose(buffers["qweight"].device, self.group_size)
+                if layout is None:
+                    self._layout = CHECKPOINT
+                else:
+                    with torch.no_grad(), torch.inference_mode(False):
+                        packed = layout.pack(buffers, self.group_size)
+                    self._hold(packed | {"bias": buffers["bias"]}, layout.name)
+            return self._layout or CHECKPOINT
+
+    def _hold(self, buffers: Mapping[str, Tensor | None], layout: str | None) -> None:
+        """Replace all buffers, by a new dictionary: who iterates over the old one is not disturbed."""
+        self._buffers = {**buffers, "bias": buffers.get("bias")}
+        # Kernels' buffers are in no state_dict under their own names.
+        self._non_persistent_buffers_set = set() if layout is None else set(buffers) - {"bias"}
+        self._layout = layout
+
+    def __getattr__(self, name: str) -> Any:
+        if name in TENSOR_NAMES and self.layout != CHECKPOINT:
+            if torch.compiler.is_compiling():
+                return self.checkpoint_tensors()[name]  # a trace must leave the module as it is
+            self.unpack_()
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in TENSOR_NAMES:
+            self.unpack_()
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParoLinear:
-        # Casts convert floating tensors only: shown as integers, a buffer moves and keeps its dtype.
-        for name, buffer in self._buffers.items():
-            if buffer is None:
-                continue
-            shown = buffer.view(torch.int16) if buffer.dtype == torch.float16 else buffer
-            moved = fn(shown)
-            if moved is not shown:  # else the tensor object stays, which siblings may share
-                self._buffers[name] = moved.view(buffer.dtype)
+        with _lock:
+            probe = min((buffer for buffer in self._buffers.values() if buffer is not None), key=Tensor.numel)
+            if _moved(fn, probe) is not probe:
+                # To another device, or to memory that holds something else: kernels' tensors are made anew there.
+                self.unpack_()
+            for name, buffer in self._buffers.items():
+                if buffer is not None:
+                    self._buffers[name] = _moved(fn, buffer)
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.layout == CHECKPOINT:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        for name, tensor in self.checkpoint_tensors().items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
-def tensor_specs(
-    in_features: int, out_features: int, group_size: int, krot: int, *, bias: bool
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return name → (dtype, shape) of the checkpoint tensors of one linear."""
-    groups, words = in_features // group_size, out_features // packing.CODES_PER_WORD
-    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "qweight": (torch.int32, (in_features, words)),
-        "qzeros": (torch.int32, (groups, words)),
-        "scales": (torch.float16, (groups, out_features)),
-        "theta": (torch.float16, (krot, in_features // 2)),
-        "pairs": (torch.int16, (krot, in_features)),
-        "channel_scales": (torch.float16, (1, in_features)),
-    }
-    if bias:
-        specs["bias"] = (torch.float16, (out_features,))
-    return specs
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        with _lock:
+            layout = self.layout
+            held: dict[str, Any] = self._buffers
+            self.unpack_()
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+            if layout == CHECKPOINT:
+                return
+            # In the same layout and memory: compiled graphs need no second look, and slices stay slices.
+            self.pack_()
+            if self.layout == layout and not local_metadata.get("assign_to_params_buffers", False):
+                for name in kernel_layouts.by_name(layout).weight_buffers:
+                    held[name].copy_(self._buffers[name])
+                    self._buffers[name] = held[name]
 
 
-def check_tensors(tensors: Mapping[str, Tensor], where: str = "ParoLinear") -> None:
-    """Check names, dtypes and shapes of the checkpoint tensors of one linear, against one another.
-
-    Raises:
-        ShapeError: listing every problem.
-    """
-    missing = [name for name in TENSOR_NAMES if name not in tensors]
-    unexpected = sorted(set(tensors) - {*TENSOR_NAMES, "bias"})
-    if missing or unexpected:
-        raise ShapeError(f"{where}: expected {[*TENSOR_NAMES, '[bias]']}, missing {missing}, unexpected {unexpected}")
-    packing.check_packed_shapes(tensors["qweight"], tensors["qzeros"], tensors["scales"])
-    groups, out_features = tensors["scales"].shape
-    in_features, krot = tensors["qweight"].shape[0], tensors["pairs"].shape[0]
-    group_size = in_features // groups
-    if group_size % 2 or group_size < 2:
-        raise ShapeError(f"{where}: group_size (rows of qweight over rows of scales) must be even, got {group_size}")
-    specs = tensor_specs(in_features, out_features, group_size, krot, bias="bias" in tensors)
-    for name, (dtype, shape) in specs.items():
-        found = tensors[name]
-        if found.dtype != dtype or tuple(found.shape) != shape:
-            raise ShapeError(
-                f"{where}.{name}: expected {dtype} {shape}, got {found.dtype} {tuple(found.shape)} "
-                f"(in_features {in_features}, out_features {out_features}, group_size {group_size}, krot {krot})"
-            )
-    if not tensors["pairs"].is_meta:
-        rotation.check_pairs(tensors["pairs"], group_size, f"{where}.pairs")
+def _moved(fn: Callable[..., Any], buffer: Tensor) -> Tensor:
+    # Casts convert floating tensors only: shown as integers, a buffer moves and keeps its dtype.
+    shown = buffer.view(torch.int16) if buffer.dtype == torch.float16 else buffer
+    moved: Tensor = fn(shown)
+    # A tensor that stays is the same object, which siblings may share.
+    return buffer if moved is shown else moved.view(buffer.dtype)

@@ -24,8 +24,9 @@ _BEFORE, _AFTER = "#b0413e", "#27647b"
 
 def rotated_weight(weight: Tensor, linear: ParoLinear) -> Tensor:
     """Return a float weight `(N, K)` in the coordinates in which `linear` quantizes it, fp32."""
-    reciprocal = linear.channel_scales.float().reciprocal()
-    return rotation.rotate(weight.float(), linear.pairs, linear.theta, reciprocal, linear.group_size)
+    tensors = linear.checkpoint_tensors()
+    reciprocal = tensors["channel_scales"].float().reciprocal()
+    return rotation.rotate(weight.float(), tensors["pairs"], tensors["theta"], reciprocal, linear.group_size)
 
 
 def plot_weights(

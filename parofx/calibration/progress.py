@@ -7,6 +7,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from parofx.passes.transforms import Transform
 from parofx.report import TransformReport
@@ -18,12 +19,12 @@ class BlockProgress:
     def __init__(self, transforms: Sequence[Transform], *, enabled: bool) -> None:
         self._bar = Progress(
             TextColumn("[bold]calibrate[/]"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("transforms"),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            # On a narrow terminal the block's name is cut, never the counts.
+            TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=Console(stderr=True),
             disable=not enabled,
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from parofx.errors import DataError
@@ -30,13 +30,19 @@ class BlockStream:
 
     def __init__(self, gm: GraphModule, batches: Sequence[Mapping[str, Any]]) -> None:
         self._split = split_at_blocks(gm, gm.meta.get("parofx_blocks", ()))
-        nodes = list(self._split.graph.nodes)
-        self.segments: tuple[str, ...] = tuple(str(node.target) for node in nodes if node.op == "call_module")
+        # Nobody asks for the model's outputs: a language model's logits alone would outweigh all else in memory.
+        nodes = [node for node in self._split.graph.nodes if node.op != "output"]
         self._nodes = nodes
-        last_use: dict[Node, int] = {}
+        self._last_use: dict[Node, int] = {}
         for index, node in enumerate(nodes):
-            last_use |= dict.fromkeys(node.all_input_nodes, index)
-        self._last_use = last_use
+            self._last_use |= dict.fromkeys(node.all_input_nodes, index)
+        segments = [str(node.target) for node in nodes if node.op == "call_module"]
+        while segments and not self.transforms_of(segments[-1]):
+            segments.pop()
+        #: The segments to run; those behind the last transform are left out.
+        self.segments: tuple[str, ...] = tuple(segments)
+        if segments:
+            setattr(self._split, segments[-1], _until_last_rotation(getattr(self._split, segments[-1])))
         self._masks = [_row_mask(batch) for batch in batches]
         self.borders: list[Border] = [_bind_inputs(gm, nodes, batch) for batch in batches]
 
@@ -59,7 +65,10 @@ class BlockStream:
             runner = _Recorder(module, record, self._masks[index])
             with torch.no_grad():
                 border[node.name] = runner.run(*(self._value(source, border) for source in node.args))
-            self._advance(start + 1, border)
+            if segment == self.segments[-1]:
+                border.clear()  # it gave nothing back, and no segment is left to read the rest
+            else:
+                self._advance(start + 1, border)
             yield index
 
     def _value(self, source: Any, border: Border) -> Any:
@@ -99,6 +108,22 @@ class _Recorder(Interpreter):
                 self._record(name, _select_rows(value, self._mask))
             return value
         return super().run_node(n)
+
+
+def _until_last_rotation(module: GraphModule) -> GraphModule:
+    """Return a segment that ends at its last rotation and gives nothing back."""
+    nodes = list(module.graph.nodes)
+    end = max(index for index, node in enumerate(nodes) if node.target is ROTATE)
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for node in nodes[: end + 1]:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    # The interpreter asks for every argument that the segment is called with.
+    for node in nodes[end + 1 :]:
+        if node.op == "placeholder":
+            copies[node] = graph.node_copy(node)
+    graph.output(None)
+    return GraphModule(module, graph)
 
 
 def _select_rows(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -75,8 +75,9 @@ def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Siblings share rotation tensors and packed buffers; other readers need each module's own copy.
     """
-    keys = [f"{prefix}.{name}" for prefix, linear in paro_linears(model).items() for name in linear.state_dict()]
-    return separated(model.state_dict(), keys)
+    state = model.state_dict()
+    linears = paro_linears(model)
+    return separated(state, [key for key in state if key.rpartition(".")[0] in linears])
 
 
 def separated(state: dict[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
@@ -122,6 +123,8 @@ def why_not_readable(config: object) -> list[str]:
         return [f"quant_method must be {QUANT_METHOD!r}, got {config.get('quant_method')!r}"]
     if config.get("bits", PACKED_BITS[0]) not in PACKED_BITS:
         return [f"bits must be one of {PACKED_BITS}, got {config['bits']!r}"]
+    if not isinstance(config.get("group_sizes", {}), Mapping):
+        return [f"group_sizes must map module names to group sizes, got {config['group_sizes']!r}"]
     return []
 
 
@@ -157,6 +160,9 @@ def why_not_valid(quantized: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 count = int((~tensor.isfinite()).sum())
                 problems.append(f"{name}.{key}: must be finite, got {count} values that are not")
+        zeros = int((tensors["channel_scales"] == 0).sum())
+        if zeros:
+            problems.append(f"{name}.channel_scales: weights are divided by them, got {zeros} zeros")
         group_size = tensors["qweight"].shape[0] // tensors["scales"].shape[0]
         try:
             rotation.check_pairs(tensors["pairs"], group_size, f"{name}.pairs")
@@ -176,6 +182,16 @@ def share_rotations(linears: Iterable[ParoLinear]) -> None:
             content = hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest()
             key = (name, tensor.dtype, tuple(tensor.shape), tensor.device, content)
             setattr(linear, name, first.setdefault(key, tensor))
+
+
+def pack(linears: Iterable[ParoLinear]) -> None:
+    """Bring linears into the layout of their device's kernels before they are first used.
+
+    Their first forward would do it as well. But compiled graphs look at the buffers a module has: layers that share
+    one graph do so from the first call on only if they hold the same.
+    """
+    for linear in linears:
+        linear.pack_()
 
 
 def _naming(name: str, error: ShapeError) -> str:

@@ -146,7 +146,9 @@ def _fill_module(
     skeleton.place(model, quantized)
     model.load_state_dict(state, assign=True)
     model.to(device)
-    layout.share_rotations(layout.paro_linears(model).values())
+    linears = layout.paro_linears(model).values()
+    layout.share_rotations(linears)
+    layout.pack(linears)
     return model
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from parofx.cpu_ops.build import BuildFailedError, BuildUnavailableError, build_library, cache_dir, find_compiler
-from parofx.cpu_ops.layout import pack_codes, pack_rotation, pack_weight, unpack_weight
+from parofx.cpu_ops.layout import pack_codes, pack_rotation, pack_weight, unpack_rotation, unpack_weight
 
 __all__ = [
     "BuildFailedError",
@@ -37,6 +37,7 @@ __all__ = [
     "pack_codes",
     "pack_rotation",
     "pack_weight",
+    "unpack_rotation",
     "unpack_weight",
     "why_unavailable",
 ]

@@ -10,9 +10,12 @@ and G = K / g:
 | scales | `scales` fp16 (G, N) | `scales` fp16 (N, G) | (G, N) in blocks of 32 columns |
 | rotation | `pairs`, `theta`, `channel_scales` | `rotation` uint8 (bytes,) | one run of bytes per group |
 
-The kernel tensors' shapes give their sizes only; their elements are blocked. Nothing is padded, and as long as every
+The kernel tensors' shapes give their sizes only; their elements are blocked. The angles cannot be read back from
+`rotation`, so who wants the checkpoint's form again keeps `theta`. Nothing is padded, and as long as every
 N is a multiple of 32, concatenating layers along dimension 0 gives the packed tensors of the merged layer.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +25,9 @@ from parofx.errors import ShapeError
 BLOCK_COLUMNS = 32
 CHUNK = 8
 GROUP_SIZES = (32, 64, 128)
+
+# Whole blocks of columns are packed at once, but not all: the temporary copies stay small.
+_WORDS_AT_ONCE = 16 * BLOCK_COLUMNS // CHUNK
 
 # Column 8w + NIBBLE_COLUMNS[i] of the checkpoint's word w is in bits 4i..4i+3.
 NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -50,11 +56,15 @@ def pack_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int
     _check_tensor("qzeros", qzeros, torch.int32, (groups, words))
     _check_tensor("scales", scales, torch.float16, (groups, out_features))
 
-    by_chunk = qweight.reshape(in_features // CHUNK, CHUNK, words).clone()
-    _transpose_nibbles(by_chunk)
-    # Row i of a chunk now holds eight channels of column 8w + NIBBLE_COLUMNS[i].
-    columns = by_chunk[:, _inverse(NIBBLE_COLUMNS)].transpose(1, 2).reshape(-1, out_features)
-    weight = _to_blocks(columns).view(torch.uint8).view(out_features, in_features // 2)
+    weight = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=qweight.device)
+    for first in range(0, words, _WORDS_AT_ONCE):
+        part = qweight[:, first : first + _WORDS_AT_ONCE]
+        into = weight[CHUNK * first : CHUNK * (first + _WORDS_AT_ONCE)]
+        by_chunk = part.reshape(in_features // CHUNK, CHUNK, -1).clone()
+        _transpose_nibbles(by_chunk)
+        # Row i of a chunk now holds eight channels of column 8w + NIBBLE_COLUMNS[i].
+        columns = by_chunk[:, _inverse(NIBBLE_COLUMNS)].transpose(1, 2).reshape(-1, len(into))
+        into.copy_(_to_blocks(columns).view(torch.uint8).view_as(into))
     zeros = _to_blocks(_unpack_nibbles(qzeros)).view(out_features, groups)
     return weight, _to_blocks(scales).view(out_features, groups), zeros
 
@@ -124,6 +134,7 @@ def pack_rotation(pairs: Tensor, theta: Tensor, channel_scales: Tensor, group_si
     """Pack channel scales and rotation rounds into the kernels' run of bytes.
 
     Cosines and sines are computed in fp64 and kept in fp32: nothing else is lost, but the angles cannot be read back.
+    `unpack_rotation` gives the rest.
 
     Args:
         pairs: integer `(krot, K)`; each (round, group) is a permutation of 0..g-1, whose neighbours are paired.
@@ -165,6 +176,69 @@ def pack_rotation(pairs: Tensor, theta: Tensor, channel_scales: Tensor, group_si
     )
     parts += [rounds.transpose(0, 1).reshape(groups, -1), source[-1]]
     return torch.cat(parts, dim=-1).reshape(-1)
+
+
+def unpack_rotation(rotation: Tensor, theta: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return what `pack_rotation` was given besides the angles.
+
+    Args:
+        rotation: what it returned.
+        theta: the angles it was given, `(krot, K/2)`; read for their shape only.
+        group_size: channels per group; 32, 64 or 128.
+
+    Returns:
+        `(pairs, channel_scales)`: int16 `(krot, K)` and fp16 `(1, K)`, equal to the checkpoint's to the last bit.
+
+    Raises:
+        ShapeError: if a shape, a dtype or `group_size` does not fit.
+    """
+    krot, in_features = theta.shape[0], 2 * theta.shape[1]
+    _check_sizes(in_features, 1, group_size)
+    _check_tensor("rotation", rotation, torch.uint8, (in_features * (5 + 5 * krot if krot else 4),))
+    groups = in_features // group_size
+    runs = rotation.view(groups, -1)
+    scales_bytes = 4 * group_size
+    channel_scales = runs[:, :scales_bytes].contiguous().view(torch.float32).to(torch.float16).view(1, in_features)
+    if krot == 0:
+        return torch.empty(0, in_features, dtype=torch.int16, device=rotation.device), channel_scales
+    rounds = runs[:, scales_bytes:-group_size].view(groups, krot, 5 * group_size)
+    orders = []
+    order = torch.arange(group_size, device=rotation.device).expand(groups, group_size)
+    for source in rounds[..., :group_size].to(torch.int64).unbind(1):
+        order = order.gather(1, source)
+        orders.append(order)
+    # An order is the first channels of all pairs, then the second ones; a checkpoint has neighbours paired.
+    pairs = torch.stack(orders).view(krot, groups, 2, group_size // 2).transpose(2, 3)
+    return pairs.reshape(krot, in_features).to(torch.int16), channel_scales
+
+
+def place_together(linears: Sequence[tuple[Tensor, ...]]) -> bool:
+    """Let the packed tensors of linears that are computed in one call be slices of one buffer each, in their order.
+
+    The tensor objects stay, and so do their values; only their memory is another.
+
+    Args:
+        linears: `(weight, scales, zeros)` of each, as `pack_weight` returns them.
+
+    Returns:
+        Whether they are slices of one buffer; a narrow last block of 32 columns keeps linears apart.
+    """
+    if any(len(weight) % BLOCK_COLUMNS for weight, *_ in linears):
+        return False
+    for parts in zip(*linears, strict=True):
+        if not _follow_one_another(parts):
+            buffer = torch.cat([part.detach() for part in parts])
+            start = 0
+            for part in parts:
+                part.data = buffer[start : start + len(part)]
+                start += len(part)
+    return True
+
+
+def _follow_one_another(parts: Sequence[Tensor]) -> bool:
+    storages = {part.untyped_storage()._cdata for part in parts}
+    ends = [part.storage_offset() + part.numel() for part in parts]
+    return len(storages) == 1 and ends[:-1] == [part.storage_offset() for part in parts[1:]]
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from parofx import cpu_ops
-from parofx.cpu_ops.layout import GROUP_SIZES, pack_rotation, pack_weight
+from parofx.cpu_ops.layout import GROUP_SIZES, pack_rotation, pack_weight, place_together
+from parofx.cpu_ops.packed_linear import DTYPES, EXACT_ACTIVATIONS
+from parofx.passes.layouts import packed_rotation, packed_weight
 from parofx.providers.base import SiblingCall
-
-#: Multiply activations as they are (1 would quantize them to int8 after the rotation).
-EXACT_ACTIVATIONS = 0
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CpuProvider:
@@ -28,8 +26,8 @@ class CpuProvider:
         """Return why the native kernels do not serve a call, or None."""
         if call.device.type != "cpu":
             return f"device {call.device.type} is not cpu"
-        if call.dtype not in _DTYPES:
-            return f"{call.dtype} is not one of {_DTYPES}"
+        if call.dtype not in DTYPES:
+            return f"{call.dtype} is not one of {DTYPES}"
         if call.group_size not in GROUP_SIZES:
             return f"group_size {call.group_size} is not one of {GROUP_SIZES}"
         if not call.is_bound():
@@ -39,23 +37,32 @@ class CpuProvider:
         return None
 
     def emit(self, call: SiblingCall) -> list[Node]:
-        """Insert one operator call on weights packed for the kernels."""
+        """Insert one operator call: on the modules' own tensors where they are packed, else on constants."""
         graph = call.gm.graph
-        rotations = []
-        for pairs, theta, channel_scales in call.rotations:
-            tensors = call.tensor(pairs), call.tensor(theta), call.tensor(channel_scales)
-            make = partial(_pack_rotation, *tensors, call.group_size)
-            rotations.append(call.constants("cpu_rotation", (theta, pairs, channel_scales), make)[0])
-        weights = []
-        for nodes in call.weights:
-            qweight, qzeros, scales = map(call.tensor, nodes)
-            pack = partial(pack_weight, qweight, qzeros, scales, call.group_size)
-            weights.append(call.constants("cpu_weight", nodes, pack))
+        rotations = [self._rotation(call, *nodes) for nodes in call.rotations]
+        weights = [self._weight(call, nodes) for nodes in call.weights]
+        if all(packed_weight(nodes) is not None for nodes in call.weights):
+            call.place_together(weights, place_together)
         packed: list[Any] = [[weight[index] for weight in weights] for index in range(3)]
         args = (call.x, rotations, *packed, list(call.biases), call.group_size, EXACT_ACTIVATIONS)
         merged = graph.call_function(torch.ops.parofx_cpu.rotate_int4_linear.default, args)
         merged.meta = dict(call.node.meta)
         return [graph.call_function(operator.getitem, (merged, index)) for index in range(len(weights))]
+
+    def _rotation(self, call: SiblingCall, pairs: Node, theta: Node, channel_scales: Node) -> Node:
+        held = packed_rotation(pairs, theta, channel_scales)
+        if held is not None:
+            return held
+        tensors = call.tensor(pairs), call.tensor(theta), call.tensor(channel_scales)
+        make = partial(_pack_rotation, *tensors, call.group_size)
+        return call.constants("cpu_rotation", (theta, pairs, channel_scales), make)[0]
+
+    def _weight(self, call: SiblingCall, nodes: tuple[Node, Node, Node]) -> tuple[Node, ...]:
+        held = packed_weight(nodes)
+        if held is not None:
+            return held
+        qweight, qzeros, scales = map(call.tensor, nodes)
+        return call.constants("cpu_weight", nodes, partial(pack_weight, qweight, qzeros, scales, call.group_size))
 
 
 def _pack_rotation(pairs: Tensor, theta: Tensor, channel_scales: Tensor, group_size: int) -> tuple[Tensor]:

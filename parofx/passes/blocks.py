@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
-from parofx.passes.graph import LINEAR, module_stack, nodes_calling
+from parofx.passes.graph import INT4_LINEAR, LINEAR, module_stack, nodes_calling
 
 #: Name of the single block of a graph without repeated modules.
 WHOLE_GRAPH = ""
@@ -23,7 +23,7 @@ def find_blocks(gm: GraphModule) -> tuple[str, ...]:
     """Return the paths of the block modules in the order they are first run; empty if there are none."""
     members: dict[tuple[str, str], list[str]] = defaultdict(list)
     linears = []
-    for node in nodes_calling(gm.graph, LINEAR):
+    for node in nodes_calling(gm.graph, LINEAR, INT4_LINEAR):
         stack = module_stack(node)
         linears.append(stack[-1][0] if stack else WHOLE_GRAPH)
         # The innermost module may be the linear itself: a list of linears is no list of blocks.

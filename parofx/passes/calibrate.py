@@ -7,6 +7,7 @@ change. A transform that could not be improved keeps its start, and the report s
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -188,7 +189,9 @@ class _DataRun:
             return None
         options = self._settings.config.to_dict()
         options["calibration"] = {k: v for k, v in options["calibration"].items() if k not in ("work_dir", "resume")}
-        digest = fingerprint(options, self._gm.named_parameters(), self._batches)
+        options["graph"] = self._gm.code
+        tensors = itertools.chain(self._gm.named_parameters(), self._gm.named_buffers())
+        digest = fingerprint(options, tensors, self._batches)
         return CalibrationStore(calibration.work_dir, digest, resume=calibration.resume)
 
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from parofx.errors import CaptureError
+from parofx.nn import ParoLinear
 from parofx.passes.normalize import Normalize
 
 
@@ -62,6 +63,10 @@ def complete_named(accepted: Container[str], inputs: Mapping[str, Any]) -> dict[
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
     modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        if isinstance(module, ParoLinear):
+            # The exporter runs the model on tensors that hold nothing: what the graph is to read packed must be by now.
+            module.pack_()
     model.eval()
     try:
         with torch.no_grad():

@@ -68,6 +68,15 @@ class Lower:
         return known[self.provider], []
 
 
+def place_siblings(gm: GraphModule) -> None:
+    """Give merged siblings the memory that their providers asked for: slices of one buffer.
+
+    Not done while a compiler holds on to the old memory's offsets.
+    """
+    for place in gm.meta.pop("parofx_placements", ()):
+        place()
+
+
 def sibling_call(gm: GraphModule, node: Node, device: torch.device | str | None) -> providers.SiblingCall:
     """Read a merged call off the graph."""
     x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size = node.args

@@ -3,8 +3,10 @@
     int4_linear(rotate(x, …), W₁, b₁), int4_linear(rotate(x, …), W₂, b₂)
         →   rotate_int4_siblings(x, rotations, [W₁, W₂], [b₁, b₂])
 
-Where the linears read the same `rotate` node, that is, share a rotation, the call holds one rotation; otherwise one for
-each. A linear without siblings becomes a call with lists of one, so that lowering knows a single form.
+Siblings are linears of one block. Where they read the same `rotate` node, that is, share a rotation, the call holds one
+rotation; where each has its own, one for each. Where only some share, these have a call of their own, so that no
+rotation is computed twice. A linear without siblings becomes a call with lists of one, so that lowering knows a single
+form.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule, Node
 
 from parofx.passes.base import PassReport, Stage, register
+from parofx.passes.blocks import block_of, find_blocks
 from parofx.passes.graph import INT4_LINEAR, ROTATE, ROTATE_INT4_SIBLINGS, erase_unused, inherit_meta, nodes_calling
+from parofx.passes.layouts import is_conversion
 
 
 @register
@@ -31,16 +35,18 @@ class MergeSiblings:
     def run(self, gm: GraphModule) -> PassReport:
         """Rewrite `gm` in place."""
         report = PassReport(self.name)
-        order = {node: index for index, node in enumerate(gm.graph.nodes)}
+        order: dict[Node, float] = {node: index for index, node in enumerate(gm.graph.nodes)}
+        blocks = find_blocks(gm)
         sets: dict[Any, list[Node]] = {}
         for node in nodes_calling(gm.graph, INT4_LINEAR):
             reason = why_not(node)
             if reason is not None:
                 report.skipped.append((node.name, reason))
                 continue
-            sets.setdefault((_rotation(node).args[0], node.args[5]), []).append(node)
+            sets.setdefault((_rotation(node).args[0], node.args[5], block_of(node, blocks)), []).append(node)
         for members in sets.values():
-            for together in _available_together(members, order):
+            calls = [one for part in _available_together(members, order) for one in _by_rotation(part)]
+            for together in calls:
                 rotations = len({_rotation(member) for member in together})
                 names = ", ".join(member.name for member in together)
                 report.matched.append((together[0].name, f"one call for {names} with {rotations} rotation(s)"))
@@ -64,7 +70,7 @@ def _rotation(node: Node) -> Node:
     return node.args[0]
 
 
-def _available_together(members: list[Node], order: dict[Node, int]) -> list[list[Node]]:
+def _available_together(members: list[Node], order: dict[Node, float]) -> list[list[Node]]:
     """Split a set where a member needs what is computed only after the set's first call (a computed bias)."""
     together: list[Node] = []
     apart: list[list[Node]] = []
@@ -77,23 +83,46 @@ def _available_together(members: list[Node], order: dict[Node, int]) -> list[lis
     return [together, *apart] if together else apart
 
 
+def _by_rotation(members: list[Node]) -> list[list[Node]]:
+    """Split a set where only some members share a rotation: a call holds one rotation, or one for each linear."""
+    sharing: dict[Node, list[Node]] = {}
+    for member in members:
+        sharing.setdefault(_rotation(member), []).append(member)
+    if len(sharing) in (1, len(members)):
+        return [members]
+    alone = [group[0] for group in sharing.values() if len(group) == 1]
+    return [*(group for group in sharing.values() if len(group) > 1), *([alone] if alone else [])]
+
+
 def _tensors(node: Node) -> list[Node]:
     rotation = _rotation(node)
     return [source for source in (*rotation.args[1:4], *node.args[1:5]) if isinstance(source, Node)]
 
 
 def _is_constant(node: Node) -> bool:
-    return node.op == "get_attr"
+    """Say whether a node can be moved to the front: it depends on parameters only."""
+    return node.op == "get_attr" or (is_conversion(node) and all(map(_is_constant_input, node.all_input_nodes)))
 
 
-def _merge(gm: GraphModule, members: list[Node], order: dict[Node, int]) -> None:
+def _is_constant_input(node: Node) -> bool:
+    return node.op == "placeholder" or _is_constant(node)
+
+
+def _move_before(node: Node, first: Node, order: dict[Node, float]) -> None:
+    """Move a constant, and what it is converted from, in front of a node that comes earlier."""
+    if node.op == "placeholder" or order[node] < order[first]:
+        return
+    for source in node.all_input_nodes:
+        _move_before(source, first, order)
+    first.prepend(node)
+    order[node] = order[first] - 0.5
+
+
+def _merge(gm: GraphModule, members: list[Node], order: dict[Node, float]) -> None:
     first = members[0]
     rotations = list(dict.fromkeys(_rotation(member) for member in members))
-    if len(rotations) > 1:
-        rotations = [_rotation(member) for member in members]
     for source in [one for member in members for one in _tensors(member)]:
-        if order[source] > order[first]:
-            first.prepend(source)
+        _move_before(source, first, order)
     x, group_size = rotations[0].args[0], first.args[5]
     biases = [member.args[4] for member in members]
     args = (

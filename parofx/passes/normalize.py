@@ -6,7 +6,8 @@ placeholders. After this pass both have
 - every product with a parameter matrix as `aten.linear(x, weight, bias)`: `F.linear`, `addmm`, `mm` and `matmul`;
 - `weight` a parameter node, or `aten.t` of one where the parameter is stored `(K, N)` as in `Conv1D`;
 - parameters bound to real tensors and names (`passes.graph.binding`);
-- `ParoLinear`'s operator split into `parofx.rotate` and `parofx.int4_linear`, one `rotate` for equal arguments.
+- `ParoLinear`'s operator split into `parofx.rotate` and `parofx.int4_linear`, one `rotate` for equal arguments; where
+  the module holds a kernel's layout, on tensors that conversions unpack (`passes/layouts.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from parofx.passes.graph import (
     nodes_calling,
     operator_name,
 )
+from parofx.passes.layouts import ROTATE_INT4_CPU_LINEAR, expand, is_conversion
 from parofx.passes.mutation import memory_of, separate_written_values, written_memory
 
 aten = torch.ops.aten
@@ -62,7 +64,7 @@ class Normalize:
             if isinstance(node.target, torch._ops.OpOverloadPacket) and node.target.overloads() == ["default"]:  # type: ignore[no-untyped-call]
                 # Dynamo keeps the name a program calls; passes match overloads.
                 node.target = node.target.default
-            if node.target in SEMANTIC and node.kwargs:
+            if (node.target in SEMANTIC or node.target is ROTATE_INT4_CPU_LINEAR) and node.kwargs:
                 names = [argument.name for argument in node.target._schema.arguments]
                 node.args, node.kwargs = tuple(_arguments(node, tuple(names))), {}
             if node.op == "call_module" and node.target == "_guards_fn":
@@ -74,6 +76,7 @@ class Normalize:
                 report.matched.append((node.name, f"{operator_name(node)} with a parameter weight"))
                 _rewrite(gm, node, operands)
                 report.changed += 1
+        report.changed += expand(gm)
         for node in nodes_calling(gm.graph, ROTATE_INT4_LINEAR):
             _split_rotation(gm, node)
             report.changed += 1
@@ -223,7 +226,7 @@ def _content(node: Node) -> Any:
     """Return a key that is equal for nodes of equal value, or None for those that are never shared."""
     if node.op == "get_attr":
         return "get_attr", node.target
-    if node.target in (ROTATE, TRANSPOSE) and not node.kwargs:
+    if (node.target in (ROTATE, TRANSPOSE) or is_conversion(node)) and not node.kwargs:
         return node.target, *node.args
     value = node.meta.get("val")
     if operator_name(node) in _VIEWS and node.op != "placeholder" and isinstance(value, torch.Tensor):

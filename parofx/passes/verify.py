@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
@@ -47,9 +46,8 @@ def verify_equal(before: Any, after: Any, *, tolerance: float, what: str = "the 
     if len(first) != len(second) or any(not isinstance(b, Tensor) or a.shape != b.shape for a, b in tensors):
         raise PassError(f"{what} changed the structure or shapes of the output")
     worst = 0.0
-    for a, b in tensors:
-        difference = (a.double() - b.double()).abs().max() if a.numel() else torch.zeros(())
-        relative = float(difference / a.double().abs().max().clamp(min=1e-30)) if a.numel() else 0.0
+    for a, b in ((a.detach().double(), b.detach().double()) for a, b in tensors if a.numel()):
+        relative = float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
         worst = max(worst, relative if relative == relative else float("inf"))
     if worst > tolerance:
         raise PassError(f"{what} must keep the output to {tolerance:.1e}, got a relative difference of {worst:.3e}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,14 +13,17 @@ from torch.fx import GraphModule, Node
 
 from parofx.passes.derived import derived
 from parofx.passes.graph import binding, buffer_node
+from parofx.passes.layouts import roots, tensor_of
 
 
 @dataclass(frozen=True)
 class SiblingCall:
     """One `rotate_int4_siblings` node with the real tensors behind it.
 
-    `rotations` holds `(pairs, theta, channel_scales)` once, or per linear; `weights` `(qweight, qzeros, scales)` and
-    `biases` are per linear. `rows` is M, or None where it is dynamic.
+    The nodes stand for the checkpoint's tensors. Where a module holds a kernel's layout they are outputs of a
+    conversion; a provider of that layout reads what they were converted from (`passes.layouts`), any other need not
+    know. `rotations` holds `(pairs, theta, channel_scales)` once, or per linear; `weights` `(qweight, qzeros, scales)`
+    and `biases` are per linear. `rows` is M, or None where it is dynamic.
     """
 
     gm: GraphModule
@@ -36,23 +40,21 @@ class SiblingCall:
     @property
     def in_features(self) -> int:
         """K."""
-        return self.tensor(self.weights[0][0]).shape[0]
+        return int(self.x.meta["val"].shape[-1])
 
     @property
     def out_features(self) -> tuple[int, ...]:
         """N of each linear."""
-        return tuple(self.tensor(weight[2]).shape[1] for weight in self.weights)
+        return tuple(int(value.shape[-1]) for value in self.node.meta["val"])
 
     def is_bound(self) -> bool:
         """Say whether every packed tensor is known when the graph is lowered."""
         nodes = [node for group in (*self.rotations, *self.weights) for node in group]
-        return all(binding(node) is not None for node in nodes)
+        return all(binding(root) is not None for node in nodes for root in roots(node))
 
     def tensor(self, node: Node) -> Tensor:
-        """Return the real tensor behind a node."""
-        bound = binding(node)
-        assert bound is not None
-        return bound.tensor
+        """Return the real tensor behind a node, in the checkpoint's layout; converted at each call if it must be."""
+        return tensor_of(node)
 
     def constants(
         self, layout: str, sources: Sequence[Node], make: Callable[[], tuple[Tensor, ...]]
@@ -64,19 +66,34 @@ class SiblingCall:
             sources: the nodes whose tensors it is made from, the one that stands for it first.
             make: returns the tensors.
         """
-        tensors = derived(layout, [self.tensor(source) for source in sources], make)
+        bound = [root for source in sources for root in roots(source)]
+        tensors = derived(layout, [tensor_of(root) for root in bound], make)
         label = self.tensor_name(sources[0])
         nodes = []
         for index, tensor in enumerate(tensors):
             path = f"parofx_packed.{label}.{layout}_{index}"
             nodes.append(buffer_node(self.gm, path, tensor))
-        inputs = {source for source in sources if source.op == "placeholder"}
+        inputs = {root for root in bound if root.op == "placeholder"}
         self.gm.meta.setdefault("parofx_made_from", set()).update(inputs)
         return tuple(nodes)
 
+    def place_together(
+        self, linears: Sequence[Sequence[Node]], place: Callable[[list[tuple[Tensor, ...]]], object]
+    ) -> None:
+        """Ask for the packed tensors of the call's linears to be moved into one buffer once the graph is compiled.
+
+        Args:
+            linears: the parameter nodes of each linear.
+            place: called with their tensors; gives these other memory that holds the same.
+        """
+        tensors = [tuple(map(tensor_of, nodes)) for nodes in linears]
+        once = list({id(parts[0]): parts for parts in tensors}.values())  # a weight may be called twice
+        if len(once) > 1:
+            self.gm.meta.setdefault("parofx_placements", []).append(partial(place, once))
+
     def tensor_name(self, node: Node) -> str:
-        """Return the dotted name of the tensor behind a node."""
-        bound = binding(node)
+        """Return the dotted name of the tensor behind a node, or of the first it is converted from."""
+        bound = binding(roots(node)[0])
         assert bound is not None
         return bound.fqn
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -336,6 +337,27 @@ class TestWorkDir:
             self.config(tmp_path, seed=3, resume=False),
         ):
             assert self.run(changed, monkeypatch)[0] == 4
+
+    @pytest.mark.parametrize("change", ["buffer", "operator"])
+    def test_a_graph_that_differs_in_more_than_its_weights_starts_over(self, tmp_path: Path, change: str) -> None:
+        class Scaled(nn.Module):
+            def __init__(self, factor: float, activation: Any) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+                self.activation = activation
+                self.register_buffer("factor", torch.tensor(factor))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.second(self.activation(self.first(x)) * self.factor)
+
+        def fingerprint_of(factor: float, activation: Any) -> str:
+            gm = prepared(Scaled(factor, activation).eval())
+            Calibrate(self.config(tmp_path), batches()).run(gm)
+            return json.loads((tmp_path / "run.json").read_text())["fingerprint"]
+
+        other = (2.0, torch.tanh) if change == "buffer" else (1.0, torch.sigmoid)
+        assert fingerprint_of(1.0, torch.tanh) == fingerprint_of(1.0, torch.tanh) != fingerprint_of(*other)
 
     def test_foreign_files_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("mine")

@@ -103,5 +103,9 @@ class TestVerifyEqual:
         with pytest.raises(PassError, match="the rewrite changed the structure or shapes of the output"):
             verify_equal(torch.ones(2), after, tolerance=1)
 
+    def test_gradients_do_not_matter(self) -> None:
+        before = torch.ones(2, requires_grad=True)
+        assert verify_equal(before * 2, (before * 2).detach(), tolerance=0) == 0
+
     def test_empty_tensors_are_equal(self) -> None:
         assert verify_equal(torch.empty(0, 3), torch.empty(0, 3), tolerance=0) == 0

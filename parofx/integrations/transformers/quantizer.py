@@ -135,6 +135,7 @@ class ParoHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if problems:
             raise CheckpointError(f"the checkpoint holds impossible values:\n{one_per_line(problems)}")
         layout.share_rotations(linears.values())
+        layout.pack(linears.values())
         return model
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

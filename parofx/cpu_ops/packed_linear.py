@@ -1,0 +1,189 @@
+"""A linear held in the CPU kernels' layout: its operators, and the layout `ParoLinear` knows.
+
+    rotate_int4_cpu_linear(x, rotation, theta, weight, scales, zeros, bias, g)
+        = rotate_int4_linear(x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, g)
+      where qweight, qzeros, scales = unpack_cpu_weight(weight, scales, zeros)
+            pairs, channel_scales   = unpack_cpu_rotation(rotation, theta, g)
+
+This equality is what a pass rewrites by, so that a graph knows one linear whatever the layout, and what a lowering
+undoes. The operator runs the kernels where they serve and its right-hand side elsewhere: it is right on every device.
+`theta` is what `rotation` holds the cosines and sines of; only the way back to the checkpoint reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parofx import cpu_ops, kernel_layouts
+from parofx import ops as _ops  # noqa: F401  (registers torch.ops.parofx)
+from parofx.cpu_ops import layout
+from parofx.packing import CODES_PER_WORD
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Multiply activations as they are (1 would quantize them to int8 after the rotation).
+EXACT_ACTIVATIONS = 0
+
+
+@torch.library.custom_op("parofx::unpack_cpu_weight", mutates_args=())
+def unpack_cpu_weight(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the checkpoint's `(qweight, qzeros, scales)` of `weight (N, K/2)`, `scales` and `zeros (N, K/g)`."""
+    out_features, in_features = weight.shape[0], 2 * weight.shape[1]
+    group_size = in_features // scales.shape[1]
+    qweight, qzeros, unpacked = layout.unpack_weight(weight, scales, zeros, group_size, in_features, out_features)
+    # A single block of columns is not reordered, and an operator's outputs are its own.
+    return qweight, qzeros, unpacked.clone() if unpacked.data_ptr() == scales.data_ptr() else unpacked
+
+
+@unpack_cpu_weight.register_fake
+def _(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out_features, in_features = weight.shape[0], 2 * weight.shape[1]
+    groups, words = scales.shape[1], out_features // CODES_PER_WORD
+    return (
+        weight.new_empty((in_features, words), dtype=torch.int32),
+        weight.new_empty((groups, words), dtype=torch.int32),
+        scales.new_empty((groups, out_features)),
+    )
+
+
+@torch.library.custom_op("parofx::unpack_cpu_rotation", mutates_args=())
+def unpack_cpu_rotation(rotation: Tensor, theta: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return the checkpoint's `(pairs, channel_scales)` of `rotation` and its `theta (krot, K/2)`."""
+    return layout.unpack_rotation(rotation, theta, group_size)
+
+
+@unpack_cpu_rotation.register_fake
+def _(rotation: Tensor, theta: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    krot, in_features = theta.shape[0], 2 * theta.shape[1]
+    return (
+        rotation.new_empty((krot, in_features), dtype=torch.int16),
+        rotation.new_empty((1, in_features), dtype=torch.float16),
+    )
+
+
+@torch.library.custom_op("parofx::rotate_int4_cpu_linear", mutates_args=())
+def rotate_int4_cpu_linear(
+    x: Tensor,
+    rotation: Tensor,
+    theta: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """Return `rotate_int4_linear` of the tensors that these are packed from, `(…, N)`, in `x`'s dtype."""
+    if _kernels_serve(x):
+        return _run_kernels(x, rotation, weight, scales, zeros, bias, group_size)
+    qweight, qzeros, unpacked = torch.ops.parofx.unpack_cpu_weight(weight, scales, zeros)
+    pairs, channel_scales = torch.ops.parofx.unpack_cpu_rotation(rotation, theta, group_size)
+    result: Tensor = torch.ops.parofx.rotate_int4_linear(
+        x, pairs, theta, channel_scales, qweight, qzeros, unpacked, bias, group_size
+    )
+    return result
+
+
+@rotate_int4_cpu_linear.register_fake
+def _(
+    x: Tensor,
+    rotation: Tensor,
+    theta: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, bias, ctx.group_size = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, rotation, theta, *packed = ctx.saved_tensors
+    unpacked = torch.ops.parofx.unpack_cpu_weight(*packed)
+    pairs, channel_scales = torch.ops.parofx.unpack_cpu_rotation(rotation, theta, ctx.group_size)
+    grad_rotated = torch.ops.parofx.int4_linear_backward(grad, *unpacked)
+    grads = torch.ops.parofx.rotate_backward(grad_rotated, x, pairs, theta, channel_scales, ctx.group_size)
+    grad_bias = None if ctx.bias_dtype is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grads[0], None, None, None, None, None, grad_bias, None
+
+
+rotate_int4_cpu_linear.register_autograd(_differentiate, setup_context=_save)
+
+
+def _kernels_serve(x: Tensor) -> bool:
+    return x.dtype in DTYPES and x.device.type == "cpu" and cpu_ops.is_available()
+
+
+def _run_kernels(
+    x: Tensor, rotation: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
+    outputs = torch.ops.parofx_cpu.rotate_int4_linear.default(
+        x, [rotation], [weight], [scales], [zeros], [bias], group_size, EXACT_ACTIVATIONS
+    )
+    result: Tensor = outputs[0]
+    return result
+
+
+class CpuLayout:
+    """Hold linears on CPU as the native kernels read them."""
+
+    name = "cpu"
+    buffers: tuple[str, ...] = ("cpu_rotation", "cpu_theta", "cpu_weight", "cpu_scales", "cpu_zeros")
+    weight_buffers: tuple[str, ...] = ("cpu_weight", "cpu_scales", "cpu_zeros")
+
+    def why_not(self, device: torch.device, group_size: int) -> str | None:
+        """Return why linears on a device are not held in this layout, or None."""
+        if device.type != "cpu":
+            return f"device {device.type} is not cpu"
+        if group_size not in layout.GROUP_SIZES:
+            return f"group_size {group_size} is not one of {layout.GROUP_SIZES}"
+        if not cpu_ops.is_available():
+            return f"the kernels are not available: {cpu_ops.why_unavailable()}"
+        return None
+
+    def pack(self, tensors: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+        """Return the kernels' tensors; siblings with one rotation hold one copy of it."""
+        theta = tensors["theta"]
+        rotation = layout.pack_rotation(tensors["pairs"], theta, tensors["channel_scales"], group_size)
+        weight = layout.pack_weight(tensors["qweight"], tensors["qzeros"], tensors["scales"], group_size)
+        # Copied, since the checkpoint's may be written while a sibling is packed already.
+        shared = kernel_layouts.share("cpu_rotation", rotation), kernel_layouts.share("cpu_theta", theta.clone())
+        return dict(zip(self.buffers, (*shared, *weight), strict=True))
+
+    def unpack(self, packed: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+        """Invert `pack`: fresh tensors, equal to the last bit."""
+        rotation, theta, *weight = (packed[name] for name in self.buffers)
+        qweight, qzeros, scales = torch.ops.parofx.unpack_cpu_weight(*weight)
+        pairs, channel_scales = torch.ops.parofx.unpack_cpu_rotation(rotation, theta, group_size)
+        return {
+            "qweight": qweight,
+            "qzeros": qzeros,
+            "scales": scales,
+            "theta": theta.clone(),
+            "pairs": pairs,
+            "channel_scales": channel_scales,
+        }
+
+    def linear(self, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None, group_size: int) -> Tensor:
+        """Return `(…, N)` for `x (…, K)`; differentiable in `x`, and one operator call where a graph is traced."""
+        rotation, theta, weight = packed["cpu_rotation"], packed["cpu_theta"], packed["cpu_weight"]
+        scales, zeros = packed["cpu_scales"], packed["cpu_zeros"]
+        # Outside of graphs and without a gradient to record, the kernel is called with nothing in between.
+        if not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)) and _kernels_serve(x):
+            return _run_kernels(x, rotation, weight, scales, zeros, bias, group_size)
+        result: Tensor = torch.ops.parofx.rotate_int4_cpu_linear(
+            x, rotation, theta, weight, scales, zeros, bias, group_size
+        )
+        return result
+
+
+kernel_layouts.register(CpuLayout())

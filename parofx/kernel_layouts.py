@@ -1,0 +1,80 @@
+"""How kernels arrange the tensors of a `ParoLinear`: one to one with the checkpoint's, and back.
+
+A `ParoLinear` owns one copy of its weight. Where the kernels of its device want another order of the bytes, it holds
+them in that order and gives the checkpoint's back on request, bit for bit. A layout says where it serves and converts
+both ways; only a layout that loses nothing can be one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: Tensors that several modules may hold, by role and content.
+_shared: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakValueDictionary()
+_LAYOUTS: dict[str, KernelLayout] = {}
+
+
+class KernelLayout(Protocol):
+    """One arrangement of a linear's tensors, named as a `ParoLinear` registers them."""
+
+    name: str
+    #: The buffers in place of the checkpoint's six tensors.
+    buffers: tuple[str, ...]
+    #: Those of the weight, which no other module holds; the rest may be shared between siblings.
+    weight_buffers: tuple[str, ...]
+
+    def why_not(self, device: torch.device, group_size: int) -> str | None:
+        """Return why linears on a device are not held in this layout, or None."""
+        ...
+
+    def pack(self, tensors: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+        """Return `buffers` of a checkpoint's tensors."""
+        ...
+
+    def unpack(self, packed: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+        """Invert `pack`: fresh tensors, equal to the last bit."""
+        ...
+
+    def linear(self, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None, group_size: int) -> Tensor:
+        """Return `(…, N)` for `x (…, K)`; differentiable in `x`, and one operator call where a graph is traced."""
+        ...
+
+
+def register(layout: KernelLayout) -> None:
+    """Add a layout, asked after those before it; one of the same name is replaced."""
+    _LAYOUTS[layout.name] = layout
+
+
+def by_name(name: str) -> KernelLayout:
+    """Return a registered layout."""
+    return _LAYOUTS[name]
+
+
+def choose(device: torch.device, group_size: int) -> KernelLayout | None:
+    """Return the layout for a linear on a device, or None where the checkpoint's is as good as any."""
+    return next((layout for layout in _LAYOUTS.values() if layout.why_not(device, group_size) is None), None)
+
+
+def share(role: str, tensor: Tensor) -> Tensor:
+    """Return an equal tensor of the same role that is alive already, or else this one.
+
+    Siblings have one rotation: converted one by one, they find one another's tensors here. Equal means dtype, shape,
+    device and bytes, now: one that was written since is not taken.
+    """
+    content = _bytes(tensor)
+    digest = hashlib.sha256(content.numpy().tobytes()).digest()
+    key = (role, tensor.dtype, tuple(tensor.shape), tensor.device, digest)
+    found = _shared.get(key)
+    if found is None or not torch.equal(_bytes(found), content):
+        _shared[key] = found = tensor
+    return found
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.cpu().contiguous().view(torch.uint8)
