@@ -42,7 +42,9 @@ def variants(row: Row, *, full: bool) -> list[Variant]:
         found.append(common)
         if row.kernel in ("int4_linear", "rotate_int4_linear"):
             found.append(Variant(**{**vars(common), "rotations": 4}))
-            found.append(Variant(**{**vars(common), "portable": True}))
+            # NVIDIA never launches it; what AMD launches is the same as without the flag.
+            if group_size == 128:
+                found.append(Variant(**{**vars(common), "portable": True}))
         if row.kernel == "int4_linear" and split:
             found.append(Variant(**{**vars(common), "split": False}))
     return found
