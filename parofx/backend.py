@@ -25,7 +25,7 @@ from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from parofx.compiled_graph import CompiledGraph, copy_graph
-from parofx.config import CalibrationConfig, ParoConfig
+from parofx.config import ACTIVATIONS, Activations, CalibrationConfig, ParoConfig
 from parofx.dynamo import bind_parameters, owners, training_modules
 from parofx.errors import ConfigError, LoweringError
 from parofx.nn import ParoLinear
@@ -42,16 +42,18 @@ from parofx.pipeline import Pipeline
 logger = logging.getLogger("parofx")
 
 _CONFIG_OPTIONS = (
-    "bits", "group_size", "krot", "modules_to_not_convert", "share_siblings", "mixed_group_size", "steps", "seed",
+    "bits", "group_size", "krot", "modules_to_not_convert", "share_siblings", "lm_head", "mixed_group_size", "steps",
+    "seed",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What `options={...}` may hold: fields of `ParoConfig` for float models, `provider`, Inductor's own options."""
+    """What `options={...}` may hold: fields of `ParoConfig` for float models, and what steers the lowering."""
 
     config: ParoConfig = field(default_factory=ParoConfig)
     provider: str | None = None
+    activations: Activations = "float"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -62,7 +64,7 @@ class BackendOptions:
             ConfigError: for an unknown option, listing the accepted ones, or a wrong value.
         """
         given = dict(options or {})
-        accepted = (*_CONFIG_OPTIONS, "provider", "inductor")
+        accepted = (*_CONFIG_OPTIONS, "provider", "activations", "inductor")
         unknown = sorted(set(given) - set(accepted))
         if unknown:
             raise ConfigError(f"unknown options {unknown} for backend 'paro'; accepted are {list(accepted)}")
@@ -71,9 +73,12 @@ class BackendOptions:
             raise ConfigError(f"mode must be one of {sorted(modes)} for backend 'paro', got {mode!r}")
         inductor = {**(modes[mode] if mode else {}), **given.pop("inductor", {})}
         provider = given.pop("provider", None)
+        activations = given.pop("activations", "float")
+        if activations not in ACTIVATIONS:
+            raise ConfigError(f"activations must be one of {ACTIVATIONS} for backend 'paro', got {activations!r}")
         fitting = {name: given.pop(name) for name in ("steps", "seed") if name in given}
         calibration = CalibrationConfig(recipe="data-free", **fitting)
-        return cls(ParoConfig(**given, calibration=calibration), provider, inductor)
+        return cls(ParoConfig(**given, calibration=calibration), provider, activations, inductor)
 
 
 def paro(
@@ -104,6 +109,7 @@ def paro(
     lower = partial(
         _lower,
         config=settings.config,
+        activations=settings.activations,
         provider="reference" if differentiable else settings.provider,
         # What `quantize` left float stays so, also where a graph break puts it into a graph of its own.
         convert_float=not any(isinstance(module, ParoLinear) for root in roots for module in root.modules()),
@@ -133,7 +139,9 @@ def _refuse_training(roots: Sequence[nn.Module], parameters: Sequence[Tensor]) -
         )
 
 
-def _lower(gm: GraphModule, *, config: ParoConfig, provider: str | None, convert_float: bool) -> GraphModule | None:
+def _lower(
+    gm: GraphModule, *, config: ParoConfig, provider: str | None, activations: Activations, convert_float: bool
+) -> GraphModule | None:
     """Run the passes on a Dynamo graph whose parameters are bound; None if it holds nothing to lower."""
     with torch.no_grad():
         Normalize().run(gm)
@@ -146,7 +154,7 @@ def _lower(gm: GraphModule, *, config: ParoConfig, provider: str | None, convert
                 return None
             _announce(gm)
             Pipeline([Calibrate(config, reuse=True), Convert(reuse=True)]).run(gm)
-        return Pipeline([MergeSiblings(), Lower(provider=provider)]).run(gm)
+        return Pipeline([MergeSiblings(), Lower(provider=provider, activations=activations)]).run(gm)
 
 
 #: Float weights the user was told of: prefill, decode and refreshed graphs do not say it again.

@@ -14,6 +14,8 @@ from parofx.errors import ConfigError, one_per_line
 QUANTIZER_BITS = (2, 3, 4, 8)
 #: Bit widths the checkpoint format and the kernels store.
 PACKED_BITS = (4,)
+#: Bit widths of a quantized output head.
+HEAD_BITS = (4,)
 #: Smaller group sizes tried, in this order, when the asked one does not divide every layer.
 FALLBACK_GROUP_SIZES = (64, 32)
 #: A linear whose `in_features` this does not divide never becomes a quantized one.
@@ -21,6 +23,9 @@ SMALLEST_GROUP_SIZE = 32
 
 Recipe = Literal["fast", "data-free"]
 PairMethod = Literal["matching", "greedy"]
+#: What a lowered linear multiplies: rotated activations as they are, or quantized to int8 per (row, group).
+Activations = Literal["float", "int8"]
+ACTIVATIONS: tuple[Activations, ...] = ("float", "int8")
 _RECIPES = ("fast", "data-free")
 _PAIR_METHODS = ("matching", "greedy")
 
@@ -106,7 +111,8 @@ class ParoConfig:
         krot: rotation rounds; 0 leaves only the channel scales.
         modules_to_not_convert: module names or glob patterns (`"model.layers.0.*"`) left float.
         share_siblings: one transform for all linears of a block that read the same tensor.
-        lm_head: `"float"` leaves the output head as it is.
+        lm_head: "float" leaves the output head as it is, 4 quantizes it. An embedding table that it is tied to stays
+            float and is stored beside it.
         mixed_group_size: choose the group size per layer.
         calibration: how the transforms are fitted.
     """
@@ -116,7 +122,7 @@ class ParoConfig:
     krot: int = 8
     modules_to_not_convert: tuple[str, ...] = ()
     share_siblings: bool = True
-    lm_head: Literal["float"] = "float"
+    lm_head: Literal["float", 4] = "float"
     mixed_group_size: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
@@ -141,8 +147,8 @@ class ParoConfig:
         problems += _check_int("krot", self.krot, 0)
         problems += _check_bool("share_siblings", self.share_siblings)
         problems += _check_bool("mixed_group_size", self.mixed_group_size)
-        if self.lm_head != "float":
-            problems.append(f"lm_head must be 'float', got {self.lm_head!r}")
+        if self.lm_head not in ("float", *HEAD_BITS) or isinstance(self.lm_head, (bool, float)):
+            problems.append(f"lm_head must be one of {('float', *HEAD_BITS)}, got {self.lm_head!r}")
         if not isinstance(self.calibration, CalibrationConfig):
             problems.append(f"calibration must be a CalibrationConfig, got {type(self.calibration).__name__}")
         _raise_if(problems, "ParoConfig")

@@ -266,6 +266,26 @@ def test_paro_linears_through_inductor(dtype):
     assert relative_error(result, quietly(model, x)) < tolerance
 
 
+@pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_int8_activations_differ_from_float_by_their_rounding_only(dtype, spy):
+    model, x = paro_net().to(dtype), inputs().to(dtype)
+    expected = quietly(model.double(), x.double())
+    result = quietly(compiled(model.to(dtype), options={"activations": "int8"}), x)
+    assert result.dtype == dtype
+    # One step of int8 is a 127th of a group's largest value: about 0.7 % of a product, twice in a row here.
+    assert 1e-3 < relative_error(result, expected) < 2e-2
+    assert spy.operators()["parofx_cpu.rotate_linear.default"] == 1
+
+
+def test_int8_activations_have_no_gradient():
+    model, x = paro_net(), inputs().requires_grad_()
+    with pytest.raises(
+        BackendCompilerFailed, match=r"'reference' does not serve .*does not quantize activations to int8"
+    ):
+        compiled(model, options={"activations": "int8"})(x)
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_compiles_without_a_graph_break(name, spy, caplog):
     spec = ZOO[name]
@@ -426,9 +446,10 @@ def test_training_mode_is_refused_with_the_module_named(spy):
         ({"options": {"group_size": 60}}, r"group_size must be one of \(128, 64, 32\), got 60"),
         ({"options": {"steps": -1}}, "steps must be an integer of at least 0, got -1"),
         ({"options": {"provider": "abacus"}}, r"provider must be one of \[.*'reference'.*\], got 'abacus'"),
+        ({"options": {"activations": "int4"}}, r"activations must be one of \('float', 'int8'\) .*got 'int4'"),
         ({"mode": "fast", "options": None}, r"mode must be one of \['default', .*'reduce-overhead'\] .*got 'fast'"),
     ],
-    ids=["unknown", "group size", "steps", "provider", "mode"],
+    ids=["unknown", "group size", "steps", "provider", "activations", "mode"],
 )
 def test_wrong_options_are_refused(options, message, spy):
     with pytest.raises(BackendCompilerFailed, match=message):

@@ -20,12 +20,15 @@ from torch import Tensor
 
 from parofx import cpu_ops, kernel_layouts
 from parofx import ops as _ops  # noqa: F401  (registers torch.ops.parofx)
+from parofx.config import Activations
 from parofx.cpu_ops import layout
 from parofx.packing import CODES_PER_WORD
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Multiply activations as they are (1 would quantize them to int8 after the rotation).
-EXACT_ACTIVATIONS = 0
+#: Width of the codes.
+BITS = 4
+#: The kernels' `activation_mode`.
+ACTIVATION_MODES: dict[Activations, int] = {"float": 0, "int8": 1}
 
 
 @torch.library.custom_op("parofx::unpack_cpu_weight", mutates_args=())
@@ -126,10 +129,9 @@ def _kernels_serve(x: Tensor) -> bool:
 def _run_kernels(
     x: Tensor, rotation: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
-    outputs = torch.ops.parofx_cpu.rotate_int4_linear.default(
-        x, [rotation], [weight], [scales], [zeros], [bias], group_size, EXACT_ACTIVATIONS
+    result: Tensor = torch.ops.parofx_cpu.rotate_linear.default(
+        x, rotation, weight, scales, zeros, bias, BITS, group_size, ACTIVATION_MODES["float"]
     )
-    result: Tensor = outputs[0]
     return result
 
 

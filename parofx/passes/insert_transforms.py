@@ -27,6 +27,7 @@ from parofx.passes.linears import (
     find_units,
     find_weight_stacks,
     group_siblings,
+    name_tied_heads,
 )
 from parofx.report import FloatLinear, FloatReason
 
@@ -70,10 +71,13 @@ class InsertTransforms:
         self, gm: GraphModule, blocks: tuple[str, ...]
     ) -> tuple[list[LinearUnit], list[FloatLinear], dict[str, int]]:
         """Return the units to transform, the linears that stay float with their reasons, and the group sizes."""
-        selection = Selection(self.config, blocks, find_embeddings(gm), self.output_heads, self.replace_modules)
+        embeddings, units = find_embeddings(gm), find_units(gm)
+        selection = Selection(self.config, blocks, embeddings, self.output_heads, self.replace_modules)
         kept = [FloatLinear(name, FloatReason.WEIGHT_NOT_MATRIX) for name in find_weight_stacks(gm)]
+        if self.config.lm_head != "float":
+            name_tied_heads(units, embeddings)
         chosen = []
-        for unit in find_units(gm):
+        for unit in units:
             reason = selection.why_not(unit)
             if reason is None:
                 chosen.append(unit)
