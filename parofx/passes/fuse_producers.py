@@ -35,7 +35,7 @@ from parofx.passes.graph import (
 )
 from parofx.passes.lower import choose_provider, sibling_call
 from parofx.passes.mutation import memory_of, written_memory
-from parofx.passes.producers import RmsNorm, SiluMul, find_producer, steps
+from parofx.passes.producers import RmsNorm, SiluMul, find_producer, is_fusible, steps
 
 _ASSERT = torch.ops.aten._assert_tensor_metadata.default
 
@@ -67,8 +67,8 @@ class FuseProducers:
             assert isinstance(source, Node)
             producer = find_producer(source)
             reason = why_not(node, producer, written)
-            if reason is None and not self.always:
-                reason = self._declined(gm, node)
+            if producer is not None and reason is None and not self.always:
+                reason = self._declined(gm, node, producer)
             if producer is None or reason is not None:
                 report.skipped.append((node.name, str(reason)))
                 continue
@@ -82,12 +82,12 @@ class FuseProducers:
             erase_unused(gm.graph)
         return report
 
-    def _declined(self, gm: GraphModule, node: Node) -> str | None:
+    def _declined(self, gm: GraphModule, node: Node, producer: RmsNorm | SiluMul) -> str | None:
         call = sibling_call(gm, node, self.device, self.activations)
         provider, _ = choose_provider(call, self.provider)
         if not isinstance(provider, providers.FusingProvider):
             return f"provider {provider.name} has no producers that rotate"
-        return provider.why_not_fuse(call)
+        return provider.why_not_fuse(call, launches=sum(map(is_fusible, producer.activations)))
 
 
 def why_not(node: Node, producer: RmsNorm | SiluMul | None, written: set[int]) -> str | None:
@@ -112,8 +112,8 @@ def why_not(node: Node, producer: RmsNorm | SiluMul | None, written: set[int]) -
         assert weight is not None
         if weight.tensor.shape != (result.shape[-1],):
             return f"{weight.fqn} has not one value per channel"
-    for first in (producer.inputs[0], *producer.inputs[1:2]):
-        if binding(first) is None and _value(first).dtype != result.dtype:
+    for first in producer.activations:
+        if _value(first).dtype != result.dtype:
             return f"{source.name} is computed from {_value(first).dtype} and read as {result.dtype}"
     if any(v.is_floating_point() and torch.promote_types(v.dtype, result.dtype) != v.dtype for v in values):
         return f"{source.name} is computed in fewer bits than it is read in"

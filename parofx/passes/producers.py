@@ -19,6 +19,14 @@ from torch.fx import Node
 from parofx.passes.graph import binding, operator_name
 
 _CASTS = frozenset({"to", "_to_copy", "type", "type_as", "float", "half", "bfloat16", "double"})
+#: What has a kernel of its own in any case.
+_OPAQUE = frozenset(
+    {
+        "linear", "mm", "addmm", "bmm", "matmul", "scaled_dot_product_attention", "index_select", "embedding",
+        "rotate_int4_siblings", "int4_siblings", "rmsnorm_rotate", "silu_mul_rotate",
+    }
+)  # fmt: skip
+_VIEWS = frozenset({"getitem", "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "chunk", "split"})
 _PRODUCTS = frozenset({"mul", "multiply"})
 _QUOTIENTS = frozenset({"div", "truediv", "divide", "true_divide"})
 
@@ -38,9 +46,14 @@ class RmsNorm:
     eps: float
 
     @property
+    def activations(self) -> tuple[Node, ...]:
+        """The inputs that are no parameters."""
+        return (self.x,) if self.residual is None else (self.x, self.residual)
+
+    @property
     def inputs(self) -> tuple[Node, ...]:
         """The nodes it is computed from."""
-        return tuple(node for node in (self.x, self.residual, self.weight) if node is not None)
+        return self.activations if self.weight is None else (*self.activations, self.weight)
 
 
 @dataclass(frozen=True)
@@ -51,9 +64,14 @@ class SiluMul:
     up: Node
 
     @property
+    def activations(self) -> tuple[Node, ...]:
+        """The inputs that are no parameters."""
+        return self.gate, self.up
+
+    @property
     def inputs(self) -> tuple[Node, ...]:
         """The nodes it is computed from."""
-        return self.gate, self.up
+        return self.activations
 
 
 def find_producer(node: Node) -> RmsNorm | SiluMul | None:
@@ -72,6 +90,15 @@ def steps(node: Node, inputs: Iterable[Node]) -> set[Node]:
             found.add(step)
             pending += step.all_input_nodes
     return found
+
+
+def is_fusible(node: Node) -> bool:
+    """Say whether a compiler would compute a node in the kernel of its one reader, and so needs no kernel for it."""
+    while operator_name(node) in _VIEWS and len(node.users) == 1 and isinstance(node.args[0], Node):
+        node = node.args[0]
+    if node.op not in ("call_function", "call_method") or len(node.users) > 1:
+        return False
+    return operator_name(node) not in _OPAQUE | _VIEWS
 
 
 def _rms_norm(top: Node) -> RmsNorm | None:

@@ -35,8 +35,13 @@ class FusedCall:
 class FusingProvider(Provider, Protocol):
     """A provider that also serves fused calls."""
 
-    def why_not_fuse(self, call: SiblingCall) -> str | None:
-        """Return why the producer of a call's input should not rotate it, or None; pure."""
+    def why_not_fuse(self, call: SiblingCall, launches: int) -> str | None:
+        """Return why the producer of a call's input should not rotate it, or None; pure.
+
+        Args:
+            call: producer and linears together.
+            launches: kernels that computing the producer's inputs takes, which the compiler would else fuse into it.
+        """
         ...
 
     def emit_fused(self, fused: FusedCall) -> tuple[list[Node], Node | None]:

@@ -68,7 +68,7 @@ class ReferenceProvider:
         merged.meta = dict(call.node.meta)
         return [graph.call_function(operator.getitem, (merged, index)) for index in range(len(call.weights))]
 
-    def why_not_fuse(self, call: SiblingCall) -> str | None:
+    def why_not_fuse(self, call: SiblingCall, launches: int) -> str | None:
         """Return that nothing is gained: the reference fuses nothing."""
         return "the reference has nothing to gain"
 

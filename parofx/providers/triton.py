@@ -38,7 +38,7 @@ class TritonProvider:
             return "the packed tensors are not known when the graph is lowered"
         return _why_not_sizes(call) or (_why_not_here(call.device) if self.arch is None else None)
 
-    def why_not_fuse(self, call: SiblingCall) -> str | None:
+    def why_not_fuse(self, call: SiblingCall, launches: int) -> str | None:
         """Return why a call's producer should not rotate, or None: what the cost model says.
 
         Where the number of rows is dynamic, the operator decides when it knows them.
@@ -56,6 +56,7 @@ class TritonProvider:
             _krot(call, 0),
             self.arch or architecture_of(call.device),
             rotations=len(call.rotations),
+            launches=launches,
         )
 
     def emit(self, call: SiblingCall) -> list[Node]:

@@ -142,7 +142,7 @@ def _rows(device: torch.device) -> list[Any]:
 
     if device.type != "cpu":
         return list(launch_table(architecture_of(device)))
-    rows = {}
+    rows: dict[tuple[Any, ...], Any] = {}
     for arch in ARCHITECTURES:
         for row in launch_table(arch):
             seen = {key: value for key, value in row.tiles.items() if key not in ("num_warps", "num_stages")}

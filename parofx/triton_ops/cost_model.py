@@ -277,7 +277,7 @@ def rotation_bytes(in_features: int, krot: int) -> int:
 def rotate_instructions(group_size: int, krot: int) -> float:
     """Return the warp instructions that rotate one row of one group in gather form, load and store included."""
     # Of a group of 64 a lane holds 2 channels, and gathers 2 from 2; of 128 it gathers 4 from 4.
-    return ROTATE_INSTRUCTIONS + krot * ROUND_INSTRUCTIONS * (group_size / TILE_K) ** 1.5
+    return ROTATE_INSTRUCTIONS + krot * ROUND_INSTRUCTIONS * math.pow(group_size / TILE_K, 1.5)
 
 
 def _transfer_us(moved: float, card: Architecture) -> float:

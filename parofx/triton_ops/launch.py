@@ -41,7 +41,7 @@ def uses_ptx(device: torch.device) -> bool:
 def rotate(x: Tensor, rotation: PackedRotation) -> Tensor:
     """Return `ROT(x ⊙ channel_scales)` of `x (…, K)`, `(S, M, K)` for S stacked rotations, M the product of `…`."""
     rows = as_rows(x)
-    return launch_rotate(rows, rotation, cost_model.choose_rotate(*rows.shape, architecture_of(x.device)))
+    return launch_rotate(rows, rotation, cost_model.choose_rotate(len(rows), rows.shape[1], architecture_of(x.device)))
 
 
 def int4_linear(

@@ -1,7 +1,8 @@
 """Whether the producer of a layer's input should rotate it: a pure function of sizes and architecture.
 
 The producer runs anyway, so a rotation there costs neither a launch nor another pass over the activations; a rotation
-inside the product costs every column of programs its own. By estimate, for K = N = 4096 and g = 128 on sm_90:
+inside the product costs every column of programs its own. But what computes the producer's input may have been one
+kernel with it, as where a norm follows a norm: a launch for each. By estimate, for K = N = 4096 and g = 128 on sm_90:
 
 | tokens | placement without it | rotation in the producer |
 |-|-|-|
@@ -19,9 +20,21 @@ from parofx.triton_ops.tiles import FusedTiles
 
 
 def why_not_in_producer(
-    tokens: int, in_features: int, out_features: int, group_size: int, krot: int, arch: str, *, rotations: int = 1
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    krot: int,
+    arch: str,
+    *,
+    rotations: int = 1,
+    launches: int = 0,
 ) -> str | None:
-    """Return why the producer should not rotate a layer's input, or None; arguments as `cost_model.plan_layer`'s."""
+    """Return why the producer should not rotate a layer's input, or None.
+
+    Arguments as `cost_model.plan_layer`'s; `launches` is how many kernels it takes to compute the producer's inputs
+    apart from it.
+    """
     card = architecture(arch)
     sizes = (tokens, in_features, group_size, krot, card, rotations)
     plan = cost_model.plan_layer(tokens, in_features, out_features, group_size, krot, arch, rotations=rotations)
@@ -33,7 +46,7 @@ def why_not_in_producer(
         separate = product + cost_model.rotate_us(*sizes)
     else:
         separate = product + cost_model.dense_us(*sizes)
-    in_producer = product + cost_model.rotate_us(*sizes) - cost_model.LAUNCH_US
+    in_producer = product + cost_model.rotate_us(*sizes) + (launches - 1) * cost_model.LAUNCH_US
     if in_producer < separate:
         return None
     return (

@@ -267,6 +267,32 @@ class TestLeftAlone:
 
 
 class TestDecision:
+    @pytest.mark.parametrize("door", DOORS)
+    def test_what_a_compiler_would_compute_in_the_same_kernel_is_counted(
+        self, door: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A norm behind a norm, as in Gemma, is one kernel with it; a linear's output and what others read are not."""
+        asked: list[int] = []
+
+        class Counting(providers.ReferenceProvider):
+            name = "counting"
+
+            def why_not_fuse(self, call: providers.SiblingCall, launches: int) -> str | None:
+                asked.append(launches)
+                return "counted"
+
+        def forward(m: Any, x: Tensor) -> Tensor:
+            behind_norm = x + llama(m.a(x), m.weight)
+            behind_linear = behind_norm + m.b(llama(behind_norm, m.weight))
+            return behind_linear + m.c(llama(behind_linear, m.weight))
+
+        monkeypatch.setattr(providers, "_PROVIDERS", [Counting(), *providers.providers()])
+        parts = {name: graphs.linear(seed=index) for index, name in enumerate("abc")}
+        model = Model(forward, **parts, weight=graphs.vector(64, seed=3))
+        report = FuseProducers().run(merged(model, graphs.rows(3, 64), door=door).gm)
+        assert asked == [1, 0]
+        assert reasons(report).count("counted") == 2
+
     def test_a_provider_without_such_kernels_declines(self) -> None:
         captured = merged(block(llama), graphs.rows(3, 64), graphs.rows(3, 64, seed=1))
         report = FuseProducers(provider="cpu").run(captured.gm)

@@ -80,7 +80,7 @@ def test_the_cost_model_decides(rows: int, fused: int) -> None:
 
 def test_dynamic_rows_are_left_to_the_operator() -> None:
     call = a_call(rows=None)
-    assert "the number of rows is dynamic" in str(TritonProvider("sm_90").why_not_fuse(call))
+    assert "the number of rows is dynamic" in str(TritonProvider("sm_90").why_not_fuse(call, 0))
 
 
 @pytest.mark.parametrize(

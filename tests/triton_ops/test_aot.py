@@ -8,19 +8,17 @@ import itertools
 
 import pytest
 
-from parofx.testing.interpreter import is_interpreting
-
 pytest.importorskip("triton")
-if is_interpreting():
-    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 from parofx.testing.aot import SHARED_LIMITS, TARGET_NAMES, CompiledKernel
 from parofx.triton_ops.compiled import Variant, compile_matrices, compile_tiles
 from parofx.triton_ops.cost_model import KERNEL_TILES, Row, launch_table
 from parofx.triton_ops.tiles import FusedTiles, LinearTiles, RotateTiles
 
-#: Thread instructions per weight of the hot loop, for up to 16 tokens: fused, and in plain Triton.
-LOOP_BUDGET, PORTABLE_LOOP_BUDGET = 2.4, 4.5
+#: Thread instructions per weight of the hot loop, for up to 16 tokens.
+LOOP_BUDGET = 2.4
+#: The same in plain Triton; the compiler packs halves less well for sm_80 and sm_89.
+PORTABLE_LOOP_BUDGET = {"sm_80": 4.8, "sm_89": 4.8, "sm_90": 4.5, "sm_100": 4.5, "sm_120": 4.5}
 #: bfloat16 needs three shifts a word where fp16 needs one.
 BFLOAT16_LOOP_BUDGET = 2.7
 #: The whole `rotate_int4_linear` of one token, per weight: rotation, prologue and epilogue included.
@@ -44,7 +42,9 @@ def variants(row: Row, *, full: bool) -> list[Variant]:
         found.append(common)
         if row.kernel in ("int4_linear", "rotate_int4_linear"):
             found.append(Variant(**{**vars(common), "rotations": 4}))
-            found.append(Variant(**{**vars(common), "portable": True}))
+            # NVIDIA never launches it; what AMD launches is the same as without the flag.
+            if group_size == 128:
+                found.append(Variant(**{**vars(common), "portable": True}))
         if row.kernel == "int4_linear" and split:
             found.append(Variant(**{**vars(common), "split": False}))
     return found
@@ -74,7 +74,7 @@ def check_budgets(row: Row, arch: str, variant: Variant) -> None:
         return
     loop = per_weight(compiled.hot_loop.count(), compiled, tiles, 1)
     if variant.portable:
-        assert loop <= PORTABLE_LOOP_BUDGET or variant.dtype == "bf16"
+        assert loop <= PORTABLE_LOOP_BUDGET[arch] or variant.dtype == "bf16" or variant.rotations > 1
     else:
         assert loop <= (LOOP_BUDGET if variant.dtype == "fp16" else BFLOAT16_LOOP_BUDGET)
 

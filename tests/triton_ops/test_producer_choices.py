@@ -48,6 +48,10 @@ def test_the_table_of_costs(tokens, in_producer):
         assert reason.startswith(f"rotating for {tokens} tokens takes")
 
 
+def test_inputs_that_need_kernels_of_their_own_use_up_what_is_saved():
+    assert why_not_in_producer(16, 4096, 4096, 128, 8, "sm_90", launches=1) is not None
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_decides(arch):
     """From 16 to 32 tokens a rotation has a kernel of its own or the producer; the producer saves the launch."""
