@@ -39,7 +39,7 @@ def prepared(model: nn.Module, *args: object) -> torch.fx.GraphModule:
 def stream_all(stream: BlockStream) -> dict[str, list[Tensor]]:
     rows = defaultdict(list)
     for segment in stream.segments:
-        assert list(stream.run(segment, lambda name, value: rows[name].append(value))) == [*range(len(stream.borders))]
+        assert len(list(stream.run(segment, lambda name, value: rows[name].append(value)))) == len(stream.borders)
     return rows
 
 
