@@ -79,7 +79,7 @@ class CalibrationConfig:
     clip_ratios: tuple[float, ...] = _BY_RECIPE
     rounding: RoundingMethod = _BY_RECIPE
     damping: tuple[float, ...] = (0.03, 0.1, 0.3)
-    sweeps: int = 2
+    sweeps: int = 4
     transform_epochs: int = _BY_RECIPE
     weight_epochs: int = _BY_RECIPE
     transform_learning_rate: float = _BY_RECIPE

@@ -148,9 +148,10 @@ class BlockTrainer:
         device = next(iter(weights.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._config.autocast):
             outputs = floating_outputs(Student(self._module, weights).run(*self._data.arguments[index]))
+        mask, kind = self._data.masks[index], self._config.block_loss
         losses = [
-            _distance(*(_counting_rows(one, self._data.masks[index]) for one in pair), self._config.block_loss)
-            for pair in zip(outputs, self._data.targets[index], strict=True)
+            _distance(_counting_rows(output, mask), _counting_rows(target, mask), kind)
+            for output, target in zip(outputs, self._data.targets[index], strict=True)
         ]
         return torch.stack(losses).sum()
 

@@ -109,7 +109,7 @@ def round_with_feedback(
         problem = _Problem(weight[chunk], gram, start, bits, group_size)
         nearest = problem.steps
         problem.feed_back(factor, order)
-        problem.keep_better(nearest, problem.scales)
+        problem.keep_better(nearest)
         for _ in range(sweeps):
             problem.sweep()
             problem.refit_scales()
@@ -125,7 +125,7 @@ def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
 
 def _unit_factor(gram: Tensor, order: Tensor) -> Tensor:
     """Return L of `H[order][:, order] = L D Lᵀ`, fp32."""
-    factor = torch.linalg.cholesky(gram[order][:, order].double())
+    factor: Tensor = torch.linalg.cholesky(gram[order][:, order].double())
     return (factor / factor.diagonal()).to(gram.dtype)
 
 
@@ -138,6 +138,7 @@ class _Problem:
         self.scales, self.zeros = start.scales.t().contiguous(), start.zeros.t().contiguous()
         self.group_size = group_size
         self.low, self.high = -self.zeros, quant_max(bits) - self.zeros
+        self._projected = gram @ self.target
         self.steps = start.codes.t().to(gram.dtype) - self.zeros.repeat_interleave(group_size, 0)
 
     def codes(self) -> Tensor:
@@ -181,7 +182,10 @@ class _Problem:
             gradient[end:].addmm_(self.gram[end:, begin:end], moves[: end - begin], alpha=-1)
 
     def refit_scales(self) -> None:
-        """Take the least-squares scales of each row's codes, rounded to fp16, where that lowers its error."""
+        """Take the least-squares scales of each row's codes, rounded to fp16, where that lowers its error.
+
+        A row's error is a quadratic in its scales, `sᵀ A s − 2 bᵀ s + …`.
+        """
         groups, count = self.scales.shape
         shape = (groups, self.group_size, count)
         grouped = self.steps.view(shape)
@@ -190,26 +194,21 @@ class _Problem:
             channels = slice(group * self.group_size, (group + 1) * self.group_size)
             spread = (self.gram[:, channels] @ self.steps[channels]).view(shape)
             curvature[:, :, group] = (spread * grouped).sum(1).t()
-        slope = ((self.gram @ self.target).view(shape) * grouped).sum(1).t()
-        ridge = _SCALE_RIDGE * curvature.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-12
-        curvature.diagonal(dim1=1, dim2=2).add_(ridge)
         present = self.scales.t()
-        fitted = torch.linalg.solve(curvature, (slope + ridge * present)[..., None])[..., 0]
+        slope = (self._projected.view(shape) * grouped).sum(1).t() - torch.einsum("nab,nb->na", curvature, present)
+        ridge = _SCALE_RIDGE * curvature.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+        move = torch.linalg.solve(curvature + torch.diag_embed(ridge[:, None].expand(-1, groups)), slope)
         low, high = _SCALE_BOUNDS
-        inside = (fitted > low * present) & (fitted < high * present)
-        fitted = torch.where(inside, fitted, present).clamp(affine.SMALLEST_SCALE, affine.LARGEST_SCALE)
-        before, self.scales = self.scales, fitted.half().to(present.dtype).t().contiguous()
-        self.keep_better(self.steps, before)
+        fitted = (present + move).clamp(affine.SMALLEST_SCALE, affine.LARGEST_SCALE).half().to(present.dtype)
+        fitted = torch.where((fitted > low * present) & (fitted < high * present), fitted, present)
+        move = fitted - present
+        change = ((torch.einsum("nab,nb->na", curvature, move) - 2 * slope) * move).sum(1, keepdim=True)
+        self.scales = torch.where(change < 0, fitted, present).t().contiguous()
 
-    def keep_better(self, steps: Tensor, scales: Tensor) -> None:
-        """Return to other steps and scales in the rows where those have no larger error."""
-        here = self._row_errors()
-        mine = self.steps, self.scales
-        self.steps, self.scales = steps, scales
-        worse = ~(here < self._row_errors())
-        self.steps, self.scales = (
-            torch.where(worse, other, own) for other, own in zip((steps, scales), mine, strict=True)
-        )
+    def keep_better(self, steps: Tensor) -> None:
+        """Return to other steps in the rows where those have no larger error."""
+        here, self.steps, steps = self._row_errors(), steps, self.steps
+        self.steps = torch.where(here < self._row_errors(), steps, self.steps)
 
     def _error(self) -> Tensor:
         return self.target - self.steps * self.scales.repeat_interleave(self.group_size, 0)

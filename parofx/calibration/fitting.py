@@ -95,7 +95,8 @@ def fit(
             config=config,
             seed=config.seed,
         )
-    transform = Rotated(*(one.to(device) for one in (found.pairs, found.theta, found.channel_scales)), group_size)
+    pairs, theta, channel_scales = (one.to(device) for one in (found.pairs, found.theta, found.channel_scales))
+    transform = Rotated(pairs, theta, channel_scales, group_size)
     rotated = [transform.weight(weight) for weight in weights]
     return round_rotated(
         rotated, transform, statistics, held_out, bits=bits, config=config, losses=(found.loss_before, found.loss_after)
@@ -175,7 +176,8 @@ def _round_rotated(
         group_size=transform.group_size,
         sweeps=config.sweeps,
     )
-    codes, scales_of, zeros_of = (part.split(sizes) for part in (rounded.codes, rounded.scales, rounded.zeros))
+    parts_of = (torch.split(part, sizes) for part in (rounded.codes, rounded.scales, rounded.zeros))
+    codes, scales_of, zeros_of = parts_of
     return FittedTransform(
         *parts,
         tuple(zip(scales_of, zeros_of, strict=True)),
@@ -226,7 +228,7 @@ def choose_damping(
 ) -> float:
     """Return the candidate of `config.damping` whose rounding has the smallest error on held-out moments `(K, K)`.
 
-    It is judged on a sample of output channels.
+    It is judged on a sample of output channels, without the sweeps, which cost more than they would tell.
     """
     sample = slice(None, None, -(-len(weight) // _DAMPING_ROWS))
     weight, scales, zeros = weight[sample], scales[sample], zeros[sample]
@@ -234,7 +236,7 @@ def choose_damping(
 
     def error(damping: float) -> float:
         rounded = round_with_feedback(
-            weight, damped(gram, damping), scales, zeros, bits=bits, group_size=group_size, sweeps=config.sweeps
+            weight, damped(gram, damping), scales, zeros, bits=bits, group_size=group_size, sweeps=0
         )
         return output_error(weight, rounded.dequantized(), held_out).sum().item()
 

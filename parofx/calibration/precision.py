@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +16,11 @@ def product_precision(kind: Literal["fast", "exact"]) -> Iterator[None]:
     Sums are fp32 either way.
     """
     fast = kind == "fast"
-    chosen = ((torch.backends.mkldnn.matmul, "bf16"), (torch.backends.cuda.matmul, "tf32"))
+    # torch's own types leave out that of mkldnn.
+    chosen: tuple[tuple[Any, str], ...] = (
+        (torch.backends.mkldnn.matmul, "bf16"),  # type: ignore[attr-defined]
+        (torch.backends.cuda.matmul, "tf32"),
+    )
     before = [backend.fp32_precision for backend, _ in chosen]
     try:
         for backend, precision in chosen:

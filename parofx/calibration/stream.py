@@ -85,7 +85,8 @@ class BlockStream:
             del border[name]
 
     def _node(self, segment: str) -> Node:
-        return next(node for node in self._nodes if node.op == "call_module" and node.target == segment)
+        found: Node = next(node for node in self._nodes if node.op == "call_module" and node.target == segment)
+        return found
 
     def _value(self, source: Any, border: Border) -> Any:
         if source.op == "get_attr":
