@@ -61,7 +61,7 @@ class CalibrationConfig:
         weight_learning_rate: of AdamW on the weights of a block.
         grid_learning_rate: of AdamW on the scales and zeros of a block.
         block_loss: of a block's output against the float one's: `"relative"` squared error, or `"smooth_l1"`.
-        autocast: train blocks in bf16 where the model is fp32.
+        autocast: run the model with bf16 or TF32 products where it is fp32; sums stay fp32.
         seed: fixes pairs, sampled rows and the order of data.
         seqlen: tokens per calibration sequence.
         samples: sequences used.

@@ -7,6 +7,7 @@ quantized model: what a block reads there is its input, what the float block ret
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from parofx.calibration.block_fitting import quantized_weights, train_block
 from parofx.calibration.block_student import Student
 from parofx.calibration.block_training import BlockData, floating_outputs
 from parofx.calibration.fitting import FittedTransform
+from parofx.calibration.precision import product_precision
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
@@ -115,10 +117,11 @@ class DataRun:
         open_before = set(self._statistics)
         targets = []
         self._batch = 0
-        for output in stream.run(segment, self._record):
-            self._batch += 1
-            self._progress.forwarded(self._batch, len(self._batches))
-            targets.append(floating_outputs(output) if students else [])
+        with product_precision("fast") if self._config.calibration.autocast else contextlib.nullcontext():
+            for output in stream.run(segment, self._record):
+                self._batch += 1
+                self._progress.forwarded(self._batch, len(self._batches))
+                targets.append(floating_outputs(output) if students else [])
         statistics = {name: (self._statistics.pop(name), self._held_out.pop(name, None)) for name in names}
         fits = {name: self._fit(name, *statistics[name]) for name in names}
         stages: list[StageReport] = []
