@@ -165,9 +165,9 @@ def test_inspect_shows_what_training_did_and_draws_the_report(files: Files, run:
     page = (tmp_path / "report.html").read_text()
     assert all(linear["name"] in page for linear in report["linears"])
     (trained / "parofx_report.json").unlink()
-    status, _, errors = run("inspect", trained, "--page", tmp_path / "none.html")
-    assert status != 0
-    assert "holds no parofx_report.json" in errors
+    refused = run("inspect", trained, "--page", tmp_path / "none.html")
+    assert refused.status == 2
+    assert "holds no parofx_report.json" in " ".join(refused.output.split())
     assert not (tmp_path / "none.html").exists()
 
 
