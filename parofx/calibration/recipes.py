@@ -33,7 +33,7 @@ _FAST: dict[str, object] = {
     "transform_learning_rate": 0.05,
     "block_loss": "relative",
 }
-_BEST = _FAST | {"transform_epochs": 2, "weight_epochs": 2, "tune_epochs": 2, "transform_learning_rate": 0.01}
+_BEST = _FAST | {"transform_epochs": 2, "weight_epochs": 2, "tune_epochs": 3, "transform_learning_rate": 0.01}
 _PAPER = _FAST | {
     "steps": 0,
     "pairs": "greedy",
