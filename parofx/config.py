@@ -109,7 +109,7 @@ class CalibrationConfig:
         problems = [
             f"{name} must be one of {accepted}, got {getattr(self, name)!r}"
             for name, accepted in _CHOICES.items()
-            if getattr(self, name) not in (*accepted, _BY_RECIPE)
+            if getattr(self, name) not in accepted and (name == "recipe" or getattr(self, name) is not _BY_RECIPE)
         ]
         for name, value in RECIPES.get(str(self.recipe), RECIPES["fast"]).items():
             if getattr(self, name) is _BY_RECIPE:

@@ -145,6 +145,7 @@ def test_paro_config_refuses(options, message):
         ({"clip_ratios": (1.5,)}, r"clip_ratios must hold numbers in \(0, 1\], got \(1.5,\)"),
         ({"clip_ratios": ("tight",)}, r"clip_ratios must hold numbers in \(0, 1\], got \('tight',\)"),
         ({"clip_ratios": 0.5}, r"clip_ratios must hold numbers in \(0, 1\], got 0.5"),
+        ({"recipe": None}, r"recipe must be one of \(.*\), got None"),
         ({"rounding": "up"}, r"rounding must be one of \('nearest', 'feedback'\), got 'up'"),
         ({"block_loss": "l1"}, r"block_loss must be one of \('relative', 'smooth_l1'\), got 'l1'"),
         ({"damping": (0.1, 0.0)}, r"damping must hold numbers in \(0, 1\], got \(0.1, 0.0\)"),

@@ -42,7 +42,7 @@ class Block:
         batches = [{"arg0": skewed(24, K, seed=seed)} for seed in range(BATCHES)]
         gm = parofx.capture(graphs.Stack(1).eval(), batches[0]["arg0"])
         self.gm = parofx.prepare(gm, ParoConfig(krot=3, group_size=G, calibration=config))
-        stream = BlockStream(self.gm, batches, whole_blocks=True)
+        stream = BlockStream(self.gm, batches)
         self.transforms = find_transforms(self.gm)
         segment = next(one for one in stream.segments if stream.transforms_of(one))
         for before in stream.segments[: stream.segments.index(segment)]:
