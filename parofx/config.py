@@ -66,6 +66,8 @@ class CalibrationConfig:
         transform_learning_rate: of AdamW on angles and channel scales of a block.
         weight_learning_rate: of AdamW on the weights of a block.
         grid_learning_rate: of AdamW on the scales and zeros of a block.
+        tune_epochs: passes in which scales, angles and channel scales are trained behind a block's chosen codes.
+        tune_learning_rate: of AdamW on those, scales by their logarithm.
         block_loss: of a block's output against the float one's: `"relative"` squared error, or `"smooth_l1"`.
         autocast: run the model with bf16 or TF32 products where it is fp32; sums stay fp32.
         seed: fixes pairs, sampled rows and the order of data.
@@ -91,6 +93,8 @@ class CalibrationConfig:
     transform_learning_rate: float = _BY_RECIPE
     weight_learning_rate: float = 1e-5
     grid_learning_rate: float = 1e-6
+    tune_epochs: int = _BY_RECIPE
+    tune_learning_rate: float = 1e-3
     block_loss: BlockLoss = _BY_RECIPE
     autocast: bool = True
     seed: int = 0
@@ -105,14 +109,16 @@ class CalibrationConfig:
         problems = [
             f"{name} must be one of {accepted}, got {getattr(self, name)!r}"
             for name, accepted in _CHOICES.items()
-            if getattr(self, name) not in (*accepted, _BY_RECIPE)
+            if getattr(self, name) not in accepted and (name == "recipe" or getattr(self, name) is not _BY_RECIPE)
         ]
         for name, value in RECIPES.get(str(self.recipe), RECIPES["fast"]).items():
             if getattr(self, name) is _BY_RECIPE:
                 object.__setattr__(self, name, value)
         for name in ("rows", "samples", "batch_size"):
             problems += _check_int(name, getattr(self, name), 1)
-        for name in ("steps", "sweeps", "transform_epochs", "weight_epochs", "validation_samples", "seed"):
+        for name in ("steps", "sweeps", "validation_samples", "seed"):
+            problems += _check_int(name, getattr(self, name), 0)
+        for name in ("transform_epochs", "weight_epochs", "tune_epochs"):
             problems += _check_int(name, getattr(self, name), 0)
         if isinstance(self.work_dir, os.PathLike):
             object.__setattr__(self, "work_dir", os.fspath(self.work_dir))
@@ -120,7 +126,7 @@ class CalibrationConfig:
             problems.append(f"work_dir must be a path, got {self.work_dir!r}")
         problems += _check_int("seqlen", self.seqlen, 2)
         problems += _check_bool("resume", self.resume) + _check_bool("autocast", self.autocast)
-        for name in ("learning_rate", "transform_learning_rate", "weight_learning_rate", "grid_learning_rate"):
+        for name in (item.name for item in dataclasses.fields(self) if item.name.endswith("learning_rate")):
             rate = getattr(self, name)
             if not _is_number(rate) or not 0 < rate < 10:
                 problems.append(f"{name} must be in (0, 10), got {rate!r}")
@@ -136,7 +142,7 @@ class CalibrationConfig:
     @property
     def trains_blocks(self) -> bool:
         """Whether blocks are trained, besides fitting each transform for itself."""
-        return self.transform_epochs > 0 or self.weight_epochs > 0
+        return self.transform_epochs > 0 or self.weight_epochs > 0 or self.tune_epochs > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON-serializable values."""

@@ -49,13 +49,7 @@ def train_block(
         stages: what was done is appended.
         progress: is told the loss after each stage.
     """
-    trained = {
-        one.name: TrainedTransform(
-            fits[one.name].pairs, fits[one.name].theta, fits[one.name].channel_scales,
-            {linear.name: linear.weight for linear in one.linears}, bits=one.bits, group_size=one.group_size,
-        )
-        for one in transforms
-    }  # fmt: skip
+    trained = {one.name: _trained(one, fits[one.name]) for one in transforms}
     trainer = BlockTrainer(module, list(trained.values()), data, config)
     start = trainer.loss(quantized_weights(transforms, fits))
     if config.transform_epochs:
@@ -81,7 +75,65 @@ def train_block(
     kept = min(losses, key=losses.__getitem__)
     stages.append(StageReport("rounding", start, losses[kept], kept))
     progress.trained(stages[-1])
-    return {one.name: _with_errors(one, candidates[kept][one.name], statistics[one.name][0]) for one in transforms}
+    found = candidates[kept]
+    if config.tune_epochs:
+        found, stage = _tune(module, transforms, found, losses[kept], data, config)
+        stages.append(stage)
+        progress.trained(stage)
+    return {one.name: _with_errors(one, found[one.name], statistics[one.name][0]) for one in transforms}
+
+
+def _trained(transform: Transform, fitted: FittedTransform) -> TrainedTransform:
+    weights = {linear.name: linear.weight for linear in transform.linears}
+    parts = (fitted.pairs, fitted.theta, fitted.channel_scales)
+    return TrainedTransform(*parts, weights, bits=transform.bits, group_size=transform.group_size)
+
+
+def _tune(
+    module: GraphModule,
+    transforms: Sequence[Transform],
+    fits: Mapping[str, FittedTransform],
+    before: float,
+    data: BlockData,
+    config: CalibrationConfig,
+) -> tuple[_Fits, StageReport]:
+    """Train what is continuous behind the codes of `fits`; what that gives in fp16, if it is better."""
+    trained = {one.name: _trained(one, fits[one.name]) for one in transforms}
+    codes: dict[str, list[Tensor]] = {}
+    for one in transforms:
+        fitted, rotated = fits[one.name], trained[one.name]
+        codes[one.name] = []
+        for index, (linear, grid) in enumerate(zip(one.linears, fitted.grids, strict=True)):
+            if fitted.codes is None:
+                parts = (fitted.pairs, fitted.theta, fitted.channel_scales)
+                weight = rotate_weight(linear.weight, *parts, one.group_size)
+                codes[one.name].append(affine.quantize(weight, *grid, one.bits, one.group_size))
+            else:
+                codes[one.name].append(fitted.codes[index])
+            rotated.fix_codes(linear.name, codes[one.name][-1], *grid)
+    trainer = BlockTrainer(module, list(trained.values()), data, config)
+    stage = trainer.tune()
+    found = {
+        one.name: dataclasses.replace(
+            fits[one.name],
+            theta=trained[one.name].theta.half(),
+            channel_scales=trained[one.name].channel_scales,
+            grids=tuple(
+                (_storable(linear.scales.exp()), linear.zeros) for linear in trained[one.name].linears.values()
+            ),
+            codes=tuple(codes[one.name]),
+        )
+        for one in transforms
+    }
+    after = trainer.loss(quantized_weights(transforms, found))
+    if after < before:
+        return found, StageReport(stage.name, before, after, stage.kept)
+    return dict(fits), StageReport(stage.name, before, before, "as rounded")
+
+
+def _storable(scales: Tensor) -> Tensor:
+    """Return scales as fp16 holds them, in fp32."""
+    return scales.clamp(affine.SMALLEST_SCALE, affine.LARGEST_SCALE).half().float()
 
 
 def quantized_weights(transforms: Sequence[Transform], fits: Mapping[str, FittedTransform]) -> dict[str, Tensor]:
@@ -106,8 +158,7 @@ def _round_to_nearest(transform: Transform, trained: TrainedTransform, start: Fi
     top = affine.quant_max(transform.bits)
     grids, codes = [], []
     for linear in trained.linears.values():
-        scales = linear.scales.clamp(affine.SMALLEST_SCALE, affine.LARGEST_SCALE).half().float()
-        grids.append((scales, linear.zeros.round().clamp(0, top)))
+        grids.append((_storable(linear.scales), linear.zeros.round().clamp(0, top)))
         codes.append(affine.quantize(linear.weight, *grids[-1], transform.bits, transform.group_size))
     return dataclasses.replace(
         start,

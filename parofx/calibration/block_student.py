@@ -28,11 +28,16 @@ _ASSERT_METADATA = torch.ops.aten._assert_tensor_metadata.default
 
 @dataclass
 class TrainedLinear:
-    """A linear's trainable tensors: the rotated weight `(N, K)`, scales and float zeros `(N, K/g)`, all fp32."""
+    """A linear's trainable tensors: the rotated weight `(N, K)`, scales and float zeros `(N, K/g)`, all fp32.
+
+    Where codes are decided, `fixed` is true: `weight` holds codes minus zeros, and `scales` their logarithms, because
+    they differ by orders of magnitude.
+    """
 
     weight: Tensor
     scales: Tensor
     zeros: Tensor
+    fixed: bool = False
 
 
 class TrainedTransform:
@@ -78,6 +83,11 @@ class TrainedTransform:
                     rotated, *differentiable_qparams(rotated, self.bits, self.group_size)
                 )
 
+    def fix_codes(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Let a linear's codes `(N, K)` and zeros stay as they are from here on; its scales may still be trained."""
+        steps = codes.float() - zeros.repeat_interleave(self.group_size, 1)
+        self.linears[name] = TrainedLinear(steps, scales.log(), zeros, fixed=True)
+
     @property
     def channel_scales(self) -> Tensor:
         """1/α, fp16 `(1, K)`."""
@@ -95,7 +105,10 @@ class TrainedTransform:
                 grid = differentiable_qparams(rotated, self.bits, self.group_size)
             else:
                 rotated, grid = linear.weight, (linear.scales, linear.zeros)
-            rounded = FAKE_QUANTIZE(rotated, *grid, self.bits, self.group_size)
+            if linear is not None and linear.fixed:
+                rounded = linear.weight * linear.scales.exp().repeat_interleave(self.group_size, 1)
+            else:
+                rounded = FAKE_QUANTIZE(rotated, *grid, self.bits, self.group_size)
             result[name] = self._blocks(rounded, matrix.transpose(1, 2)) / alpha
         return result
 

@@ -1,8 +1,9 @@
 """Train a block so that its output, on what the quantized blocks before it compute, is the float block's output.
 
 Stage 1 trains angles and channel scales, the grid following each step as the range of the rotated weight; stage 2
-trains the rotated weights, their scales and float zeros. Both run AdamW with a cosine schedule and keep the state with
-the smallest loss on held-out batches, which may be the one they started from. Source: ParoQuant (arXiv 2511.10645) §4.
+trains the rotated weights, their scales and float zeros. Source: ParoQuant (arXiv 2511.10645) §4. Stage 3 is ours:
+behind the codes that rounding has chosen it trains what is still continuous. All run AdamW with a cosine schedule and
+keep the state with the smallest loss on held-out batches, which may be the one they started from.
 """
 
 from __future__ import annotations
@@ -95,6 +96,21 @@ class BlockTrainer:
             tensor.requires_grad_(False)
         return report
 
+    def tune(self) -> StageReport:
+        """Stage 3: train scales, angles and channel scales behind fixed codes; exact gradients, nothing is rounded."""
+        rate = self._config.tune_learning_rate
+        linears = [linear for transform in self._transforms for linear in transform.linears.values()]
+        tensors = [linear.scales for linear in linears]
+        for transform in self._transforms:
+            tensors += [one for one in (transform.theta, transform.log_alpha) if one.numel()]
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        dummies = [(one.theta, trainable_angles(one.pairs, one.group_size)) for one in self._transforms]
+        report = self._train("tune", [(tensors, rate)], self._config.tune_epochs, dummies, decay=0.0)
+        for tensor in tensors:
+            tensor.requires_grad_(False)
+        return report
+
     def loss(self, weights: Mapping[str, Tensor], batches: Iterable[int] | None = None) -> float:
         """Return the mean loss with given weights, on the held-out batches by default."""
         chosen = list(self._data.validation() if batches is None else batches)
@@ -106,14 +122,21 @@ class BlockTrainer:
         with torch.no_grad():
             return self._effective_weights()
 
-    def _train(self, stage: str, groups: _Groups, epochs: int, dummies: Iterable[tuple[Tensor, Tensor]]) -> StageReport:
+    def _train(
+        self,
+        stage: str,
+        groups: _Groups,
+        epochs: int,
+        dummies: Iterable[tuple[Tensor, Tensor]],
+        decay: float = 0.01,
+    ) -> StageReport:
         tensors = [tensor for group, _ in groups for tensor in group if tensor.numel()]
         before = best = self.loss(self.present_weights())
         kept = [tensor.detach().clone() for tensor in tensors]
         best_epoch = 0
         optimizer = torch.optim.AdamW(
             [{"params": [one for one in group if one.numel()], "lr": rate} for group, rate in groups],
-            betas=(0.9, 0.95), eps=1e-10, weight_decay=0.01,
+            betas=(0.9, 0.95), eps=1e-10, weight_decay=decay,
         )  # fmt: skip
         order = torch.Generator().manual_seed(self._config.seed)
         batches = self._data.training()

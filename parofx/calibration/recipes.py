@@ -3,7 +3,7 @@
 | recipe | transform | weights | rounding |
 |-|-|-|-|
 | `"fast"` | range objective | as they are | error feedback |
-| `"best"` | range objective, then block by block | block by block | error feedback, where it helps |
+| `"best"` | range objective, then block by block | block by block | error feedback, where it helps; then tuned |
 | `"paper"` | block by block | block by block | to nearest, trained grids |
 | `"data-free"` | range objective, weights alone | as they are | to nearest |
 
@@ -29,10 +29,11 @@ _FAST: dict[str, object] = {
     "batch_size": 8,
     "transform_epochs": 0,
     "weight_epochs": 0,
+    "tune_epochs": 0,
     "transform_learning_rate": 0.05,
     "block_loss": "relative",
 }
-_BEST = _FAST | {"transform_epochs": 2, "weight_epochs": 2, "transform_learning_rate": 0.01}
+_BEST = _FAST | {"transform_epochs": 2, "weight_epochs": 2, "tune_epochs": 3, "transform_learning_rate": 0.01}
 _PAPER = _FAST | {
     "steps": 0,
     "pairs": "greedy",

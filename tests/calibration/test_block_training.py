@@ -190,11 +190,12 @@ def test_dummy_pairs_are_never_trained() -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "feedback"])
 def test_a_block_ends_no_worse_than_its_parts(block: Block, rounding: str) -> None:
     found, stages = block.train(settings(rounding=rounding, weight_learning_rate=1e-3))
-    assert [stage.name for stage in stages] == ["transforms", "weights", "rounding"]
+    assert [stage.name for stage in stages] == ["transforms", "weights", "rounding", "tune"]
+    assert stages[-2].after == stages[-1].before
     trainer = BlockTrainer(block.module, [], block.data, settings())
     start, end = (trainer.loss(quantized_weights(block.transforms, fits)) for fits in (block.fits, found))
     assert end <= start
-    assert stages[-1].before == pytest.approx(start)
+    assert stages[-2].before == pytest.approx(start)
     assert stages[-1].after == pytest.approx(end)
     for fitted in found.values():
         for scales, zeros in fitted.grids:
@@ -204,12 +205,29 @@ def test_a_block_ends_no_worse_than_its_parts(block: Block, rounding: str) -> No
 
 
 def test_what_training_cannot_better_is_kept(block: Block) -> None:
-    found, stages = block.train(
-        settings(transform_epochs=0, weight_epochs=1, weight_learning_rate=1e-9, rounding="nearest")
-    )
-    assert stages[-1].kept == "as fitted for itself"
-    assert not stages[-1].improved
+    rates = {"weight_learning_rate": 1e-9, "tune_learning_rate": 9.0}
+    found, stages = block.train(settings(transform_epochs=0, weight_epochs=1, rounding="nearest", **rates))
+    assert [stage.kept for stage in stages[-2:]] == ["as fitted for itself", "as rounded"]
+    assert not any(stage.improved for stage in stages[-2:])
     assert all(torch.equal(found[name].theta, block.fits[name].theta) for name in found)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "feedback"])
+def test_tuning_keeps_the_codes_and_lowers_the_loss(rounding: str) -> None:
+    config = settings(
+        rounding=rounding, transform_epochs=0, weight_epochs=0, tune_epochs=6, tune_learning_rate=3e-3, steps=3
+    )
+    block = Block(config, held_out=BATCHES)
+    found, stages = block.train(config)
+    assert [stage.name for stage in stages] == ["rounding", "tune"]
+    assert stages[-1].improved
+    trainer = BlockTrainer(block.module, [], block.data, config)
+    assert trainer.loss(quantized_weights(block.transforms, found)) == pytest.approx(stages[-1].after)
+    for one in block.transforms:
+        before, after = block.fits[one.name], found[one.name]
+        assert not torch.equal(before.grids[0][0], after.grids[0][0])
+        if stages[0].kept == "as fitted for itself" and before.codes is not None:
+            assert all(torch.equal(*pair) for pair in zip(before.codes, after.codes, strict=True))
 
 
 def test_errors_are_against_the_float_weights() -> None:

@@ -170,7 +170,8 @@ def test_recipes_that_train_blocks_report_their_stages(recipe: str) -> None:
     blocks = block_reports_of(gm)
     assert [block.name for block in blocks] == ["whatever.0", "whatever.1"]
     for block in blocks:
-        assert [stage.name for stage in block.stages] == ["transforms", "weights", "rounding"]
+        tuned = ["tune"] if recipe == "best" else []
+        assert [stage.name for stage in block.stages] == ["transforms", "weights", "rounding", *tuned]
         assert all(stage.after <= stage.before for stage in block.stages)
     said = [text for name, text in (*report.matched, *report.skipped) if name == "whatever.0"]
     assert sorted(said) == sorted(str(stage) for stage in blocks[0].stages)
