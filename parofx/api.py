@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from parofx.config import ParoConfig
 from parofx.errors import DataError
+from parofx.passes.base import Pass
 from parofx.passes.calibrate import Calibrate
 from parofx.passes.capture import capture, complete_inputs, complete_named
 from parofx.passes.convert import Convert
@@ -64,7 +65,7 @@ def lower(gm: GraphModule, device: torch.device | str | None = None, *, provider
         device: the target; by default the device of the graph's inputs.
         provider: force one provider by name; by default the first that serves a call.
     """
-    passes = [MergeSiblings(), FuseProducers(device, provider), Lower(device, provider)]
+    passes: list[Pass] = [MergeSiblings(), FuseProducers(device, provider), Lower(device, provider)]
     lowered = Pipeline(passes).run(gm)
     place_siblings(lowered)
     return lowered

@@ -384,3 +384,63 @@ def test_integer_activations_are_refused_rather_than_truncated():
     rotation = (torch.arange(32).to(torch.int16)[None], torch.zeros(1, 16), torch.ones(32))
     with pytest.raises(ShapeError, match=r"v must be a floating tensor, got torch\.int64"):
         torch.ops.parofx.rotate(torch.ones(2, 32, dtype=torch.int64), *rotation, 32)
+
+
+def producer_cases(count, **options):
+    return [
+        RotateLinearCase(batch=(2, 3), groups=2, group_size=6, krot=2, words=2, seed=seed, **options)
+        for seed in range(count)
+    ]
+
+
+@pytest.mark.parametrize("rotations", [1, 2])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("residual", [True, False])
+def test_rmsnorm_rotate_is_the_norm_and_then_the_rotations(rotations, offset, residual):
+    cases = producer_cases(rotations, dtype=torch.float64)
+    x, other, weight = cases[0].x(), torch.randn(2, 3, 12).double(), torch.randn(12).double()
+    turned = [list(tensors) for tensors in zip(*(case.rotation() for case in cases), strict=True)]
+    args = (x, other if residual else None, weight, offset, 1e-5, *turned, 6)
+    *rotated, total = paro.rmsnorm_rotate(*args) if residual else [*paro.rmsnorm_rotate(*args), x]
+    assert torch.equal(total, x + other if residual else x)
+    normed = torch.nn.functional.rms_norm(total, (12,), weight + offset, 1e-5)
+    for one, case in zip(rotated, cases, strict=True):
+        assert torch.allclose(one, paro.rotate(normed, *case.rotation(), 6), rtol=1e-12, atol=1e-12)
+    opcheck(paro.rmsnorm_rotate, args)
+
+
+def test_silu_mul_rotate_is_the_product_and_then_the_rotation():
+    (case,) = producer_cases(1, dtype=torch.float64)
+    gate, up = case.x(), torch.randn(2, 3, 12).double()
+    turned = [[tensor] for tensor in case.rotation()]
+    (rotated,) = paro.silu_mul_rotate(gate, up, *turned, 6)
+    expected = paro.rotate(torch.nn.functional.silu(gate) * up, *case.rotation(), 6)
+    assert torch.allclose(rotated, expected, rtol=1e-12, atol=1e-12)
+    opcheck(paro.silu_mul_rotate, (gate, up, *turned, 6))
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_int4_siblings_are_the_linears_one_by_one(inputs):
+    cases = producer_cases(2, bias=True)
+    x = [case.x() for case in cases[:inputs]]
+    packed = [list(tensors) for tensors in zip(*(case.weight() for case in cases), strict=True)]
+    args = (x, *packed[:3], packed[3][1:], [False, True], 6)
+    first, second = paro.int4_siblings(*args)
+    assert torch.equal(first, paro.int4_linear(x[0], *cases[0].weight()[:3], None, 6))
+    assert torch.equal(second, paro.int4_linear(x[-1], *cases[1].weight(), 6))
+    opcheck(paro.int4_siblings, args)
+
+
+def test_tensors_of_producers_that_do_not_fit_are_refused():
+    case = producer_cases(1)[0]
+    x, turned = case.x(), [[tensor] for tensor in case.rotation()]
+    with pytest.raises(ShapeError, match=r"residual must be torch.float32 \(2, 3, 12\) as the first input"):
+        paro.rmsnorm_rotate(x, x[0], None, 0.0, 1e-5, *turned, 6)
+    with pytest.raises(ShapeError, match=r"weight must be \(12,\), got \(6,\)"):
+        paro.rmsnorm_rotate(x, None, torch.ones(6), 0.0, 1e-5, *turned, 6)
+    with pytest.raises(ShapeError, match=r"lists of one length above 0, got \[0, 0, 0\]"):
+        paro.silu_mul_rotate(x, x, [], [], [], 6)
+    with pytest.raises(ShapeError, match="the first input must be a floating tensor, got torch.int64"):
+        paro.silu_mul_rotate(x.long(), x.long(), *turned, 6)
+    with pytest.raises(ShapeError, match="siblings need one input, or one each"):
+        paro.int4_siblings([x], [], [], [], [], [], 6)

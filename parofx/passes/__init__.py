@@ -18,10 +18,12 @@ from parofx.passes.capture import capture
 from parofx.passes.convert import Convert
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.lower import Lower
-from parofx.passes.merge_siblings import MergeSiblings  # isort: skip
-from parofx.passes.fuse_producers import FuseProducers  # isort: skip  (the catalogue lists passes as they are run)
+from parofx.passes.merge_siblings import MergeSiblings
 from parofx.passes.normalize import Normalize
 from parofx.passes.verify import census, verify_equal, verify_stage
+
+# The catalogue lists passes of one stage in the order they are entered, which is the order they run in.
+from parofx.passes.fuse_producers import FuseProducers  # isort: skip
 
 __all__ = [
     "Calibrate",

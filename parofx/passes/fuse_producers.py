@@ -45,8 +45,8 @@ _ASSERT = torch.ops.aten._assert_tensor_metadata.default
 class FuseProducers:
     """Let RMSNorm and SiLU·mul rotate their result.
 
-    `device`, `provider` and `activations` are those of `lower`. With `always`, fuse wherever the graph allows it, whatever the
-    provider says.
+    `device`, `provider` and `activations` are those of `lower`. With `always`, fuse wherever the graph allows it,
+    whatever the provider says.
     """
 
     device: torch.device | str | None = None
@@ -105,7 +105,8 @@ def why_not(node: Node, producer: RmsNorm | SiluMul | None, written: set[int]) -
     if {user for user in source.users if user.target is not _ASSERT} != {node}:
         return f"its input {source.name} is read by others too"
     computed = steps(source, producer.inputs)
-    result, values = _value(source), [_value(step) for step in (*computed, *producer.inputs)]
+    result = _value(source)
+    values = [step.meta["val"] for step in computed if isinstance(step.meta.get("val"), Tensor)]
     if isinstance(producer, RmsNorm) and producer.weight is not None:
         weight = binding(producer.weight)
         assert weight is not None

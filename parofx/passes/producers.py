@@ -131,7 +131,8 @@ def _normed(node: Node) -> tuple[Node, float] | None:
 def _under_inverse_root(node: Node) -> Node | None:
     """Return `v` if a node is `v^(−1/2)`."""
     node = _without_casts(node)
-    name, source = operator_name(node), _argument(node, 0, "input")
+    name = operator_name(node)
+    source: object = _argument(node, 0, "input")
     if not isinstance(source, Node):
         return None
     if name == "reciprocal":
@@ -140,7 +141,7 @@ def _under_inverse_root(node: Node) -> Node | None:
 
 
 def _under_root(node: Node) -> Node | None:
-    source = _argument(node, 0, "input")
+    source: object = _argument(node, 0, "input")
     return source if operator_name(node) == "sqrt" and isinstance(source, Node) else None
 
 
@@ -161,7 +162,8 @@ def _mean_square(node: Node) -> tuple[Node, float] | None:
 
 def _squared(node: Node) -> Node | None:
     """Return `v` if a node is `v²`."""
-    name, source = operator_name(node), _argument(node, 0, "input")
+    name = operator_name(node)
+    source: object = _argument(node, 0, "input")
     product = _operands(node) if name in _PRODUCTS else None
     if product is not None and product[0] is product[1]:
         return product[0]
@@ -190,7 +192,7 @@ def _silu_mul(top: Node) -> SiluMul | None:
 
 def _under_silu(node: Node) -> Node | None:
     """Return `g` if a node is `silu(g)` or `g · sigmoid(g)`."""
-    source = _argument(node, 0, "input")
+    source: object = _argument(node, 0, "input")
     if operator_name(node) == "silu":
         return source if isinstance(source, Node) else None
     for gate, gated in _factors(node):
@@ -229,7 +231,7 @@ def _without_casts(node: Node) -> Node:
         after, before = _value(node), _value(source)
         if after is None or before is None or not (after.is_floating_point() and before.is_floating_point()):
             break
-        if after.shape != before.shape or after.device != before.device:
+        if str(after.shape) != str(before.shape) or after.device != before.device:
             break
         node = source
     return node

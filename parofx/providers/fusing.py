@@ -68,4 +68,4 @@ def unfuse(fused: FusedCall) -> tuple[Node, Node | None]:
             weight = call(aten.add.Scalar, weight, weight_offset)
             weight.meta["val"] = weight.args[0].meta["val"]  # type: ignore[union-attr]
         source = x if total is None else total
-        return call(aten.rms_norm.default, source, [value.shape[-1]], weight, eps), total
+        return call(aten.rms_norm.default, source, [int(value.shape[-1])], weight, eps), total

@@ -34,5 +34,5 @@ def rmsnorm_rotate(
 def silu_mul_rotate(gate: Tensor, up: Tensor, rotation: PackedRotation) -> Tensor:
     """Return `ROT_s(silu(gate) ⊙ up ⊙ channel_scales_s)`, `(S, …, K)`."""
     rows = as_rows(gate)
-    tiles = gate_tiles(*rows.shape, rotation.order.shape[-1])
+    tiles = gate_tiles(rows.shape[0], rows.shape[1], rotation.order.shape[-1])
     return launch_silu_mul_rotate(rows, as_rows(up), rotation, tiles).reshape(rotation.order.shape[0], *gate.shape)

@@ -194,8 +194,8 @@ def _rotated(x: Tensor, coefficients: Tensor, order: Tensor) -> Tensor:
     rows = x.reshape(1, -1, groups, group_size).expand(rotations, -1, -1, -1)
     values = _reorder(rows, index[:, :, 0]) * coefficients[:, None, :, 0]
     for r in range(1, rounds):
-        cos, sin = coefficients[:, None, :, r].unflatten(-1, (-1, 2)).unbind(-1)
-        first, second = values.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = coefficients[:, None, :, r, 0::2], coefficients[:, None, :, r, 1::2]
+        first, second = values[..., 0::2], values[..., 1::2]
         turned = torch.stack((cos * first + sin * second, cos * second - sin * first), dim=-1)
         values = _reorder(turned.flatten(-2), index[:, :, r])
     return values.reshape(rotations, *x.shape)

@@ -1,4 +1,4 @@
-"""RMSNorm that rotates: `out[s] = ROT_s(n ⊙ channel_scales_s)` with
+"""RMSNorm that rotates: `out[s] = ROT_s(n ⊙ channel_scales_s)`.
 
     h = x + residual        n = h / √(mean(h²) + eps) · (weight + weight_offset)
 
@@ -40,7 +40,7 @@ def _load_sum(x_ptrs, residual_ptrs, mask, HAS_RESIDUAL: tl.constexpr):
     return h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def rmsnorm_rotate_kernel(
     x_ptr,
     residual_ptr,
@@ -62,6 +62,7 @@ def rmsnorm_rotate_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
 ):
+    """Norm a row and rotate `BLOCK_GROUPS` of its groups; grid (rows, group blocks, rotations)."""
     row = tl.program_id(0).to(tl.int64)
     rotation = tl.program_id(2).to(tl.int64)
     x_ptr += row * stride_xm

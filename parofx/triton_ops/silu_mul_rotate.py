@@ -23,7 +23,7 @@ from parofx.triton_ops.layout import PackedRotation
 from parofx.triton_ops.producer_tiles import GateTiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def silu_mul_rotate_kernel(
     gate_ptr,
     up_ptr,
@@ -38,6 +38,7 @@ def silu_mul_rotate_kernel(
     KROT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    """Multiply and rotate `BLOCK_M` rows of one group; grid (row blocks, groups, rotations)."""
     group = tl.program_id(1)
     rotation = tl.program_id(2).to(tl.int64)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]

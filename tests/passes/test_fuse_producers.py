@@ -276,9 +276,9 @@ class TestDecision:
     def test_a_provider_that_cannot_lower_what_was_fused_is_refused(self) -> None:
         captured = merged(block(llama), graphs.rows(3, 64), graphs.rows(3, 64, seed=1))
         FuseProducers(always=True).run(captured.gm)
-        with pytest.raises(LoweringError, match="provider 'cpu' does not serve int4_siblings.*has no producers"):
+        with pytest.raises(LoweringError, match=r"provider 'cpu' does not serve int4_siblings.*has no producers"):
             Lower(provider="cpu").run(captured.gm)
-        with pytest.raises(LoweringError, match="provider 'cuda13' does not serve .*: there is none of that name"):
+        with pytest.raises(LoweringError, match=r"provider 'cuda13' does not serve .*: there is none of that name"):
             Lower(provider="cuda13").run(captured.gm)
 
     def test_passing_providers_over_is_reported(self) -> None:

@@ -100,7 +100,11 @@ def test_the_target_device_decides() -> None:
     gm = merged(attention(), graphs.rows(3, 64)).gm
     report = Lower(device="cuda").run(gm)
     assert {what for _, what in report.matched} == {"reference (3 linears)", "reference (1 linears)"}
-    assert all("device cuda is not cpu" in reason for _, reason in report.skipped)
+    assert {reason for _, reason in report.skipped} == {
+        "cpu: device cuda is not cpu",
+        "aten: device cuda is not cpu",
+        "triton: torch.float32 is not one of (torch.float16, torch.bfloat16)",
+    }
 
 
 def test_only_what_the_kernels_read_is_left() -> None:

@@ -50,8 +50,13 @@ def test_rmsnorm_rotate(in_features, arch):
 
 @pytest.mark.parametrize(
     ("group_size", "arch", "dtype", "residual"),
-    [(128, "sm_90", "bf16", True), (64, "sm_90", "fp16", False), (32, "sm_90", "fp16", True), (64, "gfx942", "bf16", True)],
-)  # fmt: skip
+    [
+        (128, "sm_90", "bf16", True),
+        (64, "sm_90", "fp16", False),
+        (32, "sm_90", "fp16", True),
+        (64, "gfx942", "bf16", True),
+    ],
+)
 def test_other_variants_of_rmsnorm_rotate_spill_nothing(group_size, arch, dtype, residual):
     found = compiled_norm(2048, group_size, arch, dtype, residual)
     assert found.spills == 0
