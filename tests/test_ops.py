@@ -440,7 +440,7 @@ def test_tensors_of_producers_that_do_not_fit_are_refused():
         paro.rmsnorm_rotate(x, None, torch.ones(6), 0.0, 1e-5, *turned, 6)
     with pytest.raises(ShapeError, match=r"lists of one length above 0, got \[0, 0, 0\]"):
         paro.silu_mul_rotate(x, x, [], [], [], 6)
-    with pytest.raises(ShapeError, match="the first input must be a floating tensor, got torch.int64"):
+    with pytest.raises(ShapeError, match=r"the first input must be a floating tensor, got torch\.int64"):
         paro.silu_mul_rotate(x.long(), x.long(), *turned, 6)
     with pytest.raises(ShapeError, match="siblings need one input, or one each"):
         paro.int4_siblings([x], [], [], [], [], [], 6)
