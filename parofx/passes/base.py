@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
@@ -61,10 +62,15 @@ def register(cls: _PassType) -> _PassType:
     return cls
 
 
-def registry() -> list[type[Pass]]:
-    """Return every pass class, in the order the stages run."""
+def registered() -> list[type[Pass]]:
+    """Return the pass classes that were entered so far."""
+    return list(_REGISTRY.values())
+
+
+def in_stage_order(classes: Iterable[type[Pass]]) -> list[type[Pass]]:
+    """Return pass classes in the order the stages run; those of equal stages stay as they are."""
     order = list(Stage)
-    return sorted(_REGISTRY.values(), key=lambda cls: (order.index(cls.produces), order.index(cls.consumes[0])))
+    return sorted(classes, key=lambda cls: (order.index(cls.produces), order.index(cls.consumes[0])))
 
 
 def stage_of(gm: GraphModule) -> Stage:

@@ -11,8 +11,8 @@ from zoo import ZOO
 
 from parofx.api import convert, prepare
 from parofx.errors import CaptureError
-from parofx.passes import Stage, capture, stage_of
-from parofx.passes.capture import complete_inputs
+from parofx.passes import Stage, stage_of
+from parofx.passes.capture import capture, complete_inputs
 from parofx.passes.graph import LINEAR, binding, nodes_calling
 
 

@@ -14,8 +14,9 @@ from zoo import ZOO
 
 import parofx
 from parofx.api import convert, lower, prepare
-from parofx.passes import InsertTransforms, capture
+from parofx.passes import InsertTransforms
 from parofx.passes.blocks import find_blocks
+from parofx.passes.capture import capture
 from parofx.passes.linears import choose_group_sizes, find_units, group_siblings, matches
 from parofx.passes.transforms import find_transforms
 from parofx.report import FloatLinear, FloatReason
