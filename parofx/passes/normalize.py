@@ -99,10 +99,10 @@ class _Operands:
 
     @property
     def broadcasts_bias(self) -> bool:
-        """Whether the bias is one value for all output channels."""
+        """Whether the bias is anything but one value for each output channel."""
         value = None if self.bias is None else _value(self.bias)
         out_features = _value(self.parameter).shape[1 if self.transposed else 0]  # type: ignore[union-attr]
-        return value is not None and value.numel() == 1 != out_features
+        return value is not None and (value.dim() != 1 or value.numel() == 1 != out_features)
 
 
 def _as_linear(node: Node) -> _Operands | None:
