@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 from parofx.errors import CaptureError
 from parofx.nn import ParoLinear
 from parofx.passes.normalize import Normalize
+from parofx.pipeline import Pipeline
+
+logger = logging.getLogger("parofx")
 
 
 def capture(model: nn.Module, *example_inputs: Any, **example_kwargs: Any) -> GraphModule:
@@ -36,10 +39,7 @@ def capture(model: nn.Module, *example_inputs: Any, **example_kwargs: Any) -> Gr
     example_kwargs = complete_inputs(model, example_kwargs)
     gm = _export(model, example_inputs, example_kwargs)
     gm.meta["parofx_inputs"] = _input_names(gm, example_inputs, example_kwargs)
-    Normalize().run(gm)
-    gm.graph.lint()
-    gm.recompile()
-    return gm
+    return Pipeline([Normalize()]).run(gm)
 
 
 def complete_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from parofx.passes.graph import (
     LINEAR,
     ROTATE,
     ROTATE_INT4_LINEAR,
+    ROTATE_INT4_SIBLINGS,
     SEMANTIC,
     TRANSPOSE,
     binding,
@@ -49,11 +50,11 @@ _SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 @register
 @dataclass(frozen=True)
 class Normalize:
-    """Bring linears and parameters to one form."""
+    """Bring linears and parameters to one form, and mark the graph: CONVERTED if it holds `ParoLinear`s, else FLOAT."""
 
     name: ClassVar[str] = "normalize"
-    consumes: ClassVar[tuple[Stage, ...]] = (Stage.FLOAT,)
-    produces: ClassVar[Stage] = Stage.FLOAT
+    consumes: ClassVar[tuple[Stage | None, ...]] = (None, Stage.FLOAT, Stage.CONVERTED)
+    produces: ClassVar[tuple[Stage, ...]] = (Stage.FLOAT, Stage.CONVERTED)
 
     def run(self, gm: GraphModule) -> PassReport:
         """Rewrite `gm` in place."""
@@ -84,7 +85,8 @@ class Normalize:
         report.changed += _share_equal_nodes(gm)
         if report.changed:
             erase_unused(gm.graph)
-        set_stage(gm, Stage.CONVERTED if nodes_calling(gm.graph, INT4_LINEAR) else Stage.FLOAT)
+        quantized = nodes_calling(gm.graph, INT4_LINEAR, ROTATE_INT4_SIBLINGS)
+        set_stage(gm, Stage.CONVERTED if quantized else Stage.FLOAT)
         return report
 
 

@@ -188,6 +188,7 @@ def test_passes_lists_the_registry(run: Run) -> None:
     assert status == 0
     assert all(cls.name in output for cls in parofx.passes.registry())
     assert "CALIBRATED → CONVERTED" in run("passes", "convert").output
+    assert "normalize: no stage | FLOAT | CONVERTED → FLOAT | CONVERTED" in run("passes", "normalize").output
 
 
 def test_doctor_tells_versions_and_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
