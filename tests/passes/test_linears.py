@@ -94,6 +94,16 @@ class TestFloatReasons:
         assert kept(gm) == []
 
     @pytest.mark.parametrize("door", DOORS)
+    def test_hidden_linears_with_the_shape_of_an_embedding_are_no_output_head(self, door: str) -> None:
+        def forward(m: Any, x: Tensor) -> Tensor:
+            return torch.tanh(m.last(torch.relu(m.first(m.embedding(x)))) / 30)[:, -1] * 30
+
+        parts = {"first": graphs.linear(), "last": graphs.linear(seed=1)}
+        model = Model(forward, embedding=nn.Embedding(64, 64), **parts).eval()
+        captured = graphs.enter(door, model, torch.arange(6).view(2, 3))
+        assert kept(captured.gm) == [FloatLinear("last", FloatReason.OUTPUT_HEAD)]
+
+    @pytest.mark.parametrize("door", DOORS)
     @pytest.mark.parametrize("in_features", [16, 48, 100])
     def test_in_features(self, door: str, in_features: int) -> None:
         model = nn.Sequential(graphs.linear(64, in_features if in_features % 8 == 0 else 104), nn.ReLU())
