@@ -64,7 +64,8 @@ def quantize(
         progress: show a progress bar on stderr.
 
     Returns:
-        What was quantized, with which error, and what stays float and why.
+        What was quantized, with which error, and what stays float and why. Where nothing was, a warning says so and
+        the model's configuration stays as it is.
 
     Raises:
         ConfigError: if an option is wrong, or the model is quantized already.
@@ -103,9 +104,10 @@ def quantize(
         passes=pipeline.records(),
         blocks=block_reports_of(gm),
     )
-    for module in modules.values():
-        module.pack_()
-    _write_back(model, modules)
+    if modules:
+        for module in modules.values():
+            module.pack_()
+        _write_back(model, modules)
     _warn(model, report)
     return report
 
@@ -116,6 +118,12 @@ def _warn(model: nn.Module, report: QuantizationReport) -> None:
     for pattern in report.config.modules_to_not_convert:
         if not any(matches(name, pattern) for name in names):
             logger.warning("modules_to_not_convert: no module matches %r", pattern)
+    if not report.linears:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons().items())
+        logger.warning(
+            "nothing was quantized, and the model is as it was: %s",
+            f"kept float: {reasons}" if reasons else "no linears",
+        )
     lost = [linear.name for linear in report.linears if not linear.relative_error < _LOST]
     if lost:
         logger.warning(

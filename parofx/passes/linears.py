@@ -143,6 +143,8 @@ class Selection:
             return FloatReason.ROUTER, ""
         if unit.out_features % CODES_PER_WORD:
             return FloatReason.OUT_FEATURES, f"{unit.out_features} out_features"
+        if self.replace_modules and is_module(unit.weight, "", unit.calls):
+            return FloatReason.WHOLE_MODEL, ""
         if self.replace_modules and not is_module(unit.weight, unit.name, unit.calls, tied=unit.module is not None):
             return FloatReason.FUNCTIONAL, f"{unit.weight.fqn} is read outside of one linear module"
         return None

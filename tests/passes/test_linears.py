@@ -76,6 +76,20 @@ class TestFloatReasons:
         (found,) = kept(gm, lm_head=4, replace_modules=True)
         assert found.reason is FloatReason.FUNCTIONAL
 
+    @pytest.mark.parametrize("kind", ["linear", "functional"])
+    def test_whole_model(self, kind: str) -> None:
+        class Root(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = graphs.matrix(64, 64)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return F.linear(x, self.weight)
+
+        model = graphs.linear() if kind == "linear" else Root()
+        gm = capture(model, graphs.rows(3, 64))
+        assert kept(gm, replace_modules=True) == [FloatLinear("weight", FloatReason.WHOLE_MODEL)]
+
     def test_output_head_named_by_the_model(self) -> None:
         model = nn.Sequential(graphs.linear(), graphs.linear(64, 40))
         gm = capture(model, graphs.rows(3, 64))
