@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.graph import (
     INT4_LINEAR,
+    INT4_SIBLINGS,
     LINEAR,
     ROTATE,
     ROTATE_INT4_LINEAR,
@@ -85,7 +86,7 @@ class Normalize:
         report.changed += _share_equal_nodes(gm)
         if report.changed:
             erase_unused(gm.graph)
-        quantized = nodes_calling(gm.graph, INT4_LINEAR, ROTATE_INT4_SIBLINGS)
+        quantized = nodes_calling(gm.graph, INT4_LINEAR, ROTATE_INT4_SIBLINGS, INT4_SIBLINGS)
         set_stage(gm, Stage.CONVERTED if quantized else Stage.FLOAT)
         return report
 
