@@ -14,11 +14,19 @@ from torch.fx import GraphModule, Node
 from parofx import packing
 from parofx.config import ParoConfig
 from parofx.nn import ParoLinear
-from parofx.passes.base import PassReport, Stage, set_stage
+from parofx.passes.base import Pass, PassReport, Stage, set_stage
 from parofx.passes.blocks import find_blocks
 from parofx.passes.capture import capture
 from parofx.passes.convert import rewrite
-from parofx.passes.graph import INT4_LINEAR, ROTATE_INT4_SIBLINGS, binding, nodes_calling, remove_dead_code
+from parofx.passes.fuse_producers import FuseProducers
+from parofx.passes.graph import (
+    INT4_LINEAR,
+    INT4_SIBLINGS,
+    ROTATE_INT4_SIBLINGS,
+    binding,
+    nodes_calling,
+    remove_dead_code,
+)
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.lower import Lower
 from parofx.passes.merge_siblings import MergeSiblings
@@ -51,8 +59,8 @@ class Explanation:
 def explain(model: nn.Module, *example_inputs: Any, config: ParoConfig | None = None) -> Explanation:
     """Tell what would be quantized, shared, merged and left float, and why. Nothing is changed.
 
-    Of a model that is quantized already it tells what its linears hold, how they are merged, and which provider
-    computes them.
+    Of a model that is quantized already it tells what its linears hold, how they are merged and fused with what is
+    before them, and which provider computes them.
 
     Args:
         model: any module.
@@ -78,18 +86,16 @@ def explain(model: nn.Module, *example_inputs: Any, config: ParoConfig | None = 
 
 
 def _explain_quantized(model: nn.Module, gm: GraphModule) -> Explanation:
-    merged = _merge(gm)
-    members = {node.name: _siblings(node) for node in nodes_calling(gm.graph, ROTATE_INT4_SIBLINGS)}
     blocks = find_blocks(gm)
-    pipeline = Pipeline([Lower()])
-    pipeline.run(gm)
-    lowered = {name: f"lowered to {what}" for call, what in pipeline.reports[0].matched for name in members[call]}
+    merged = _merge(gm)
+    fused = _run_on_calls(gm, FuseProducers())
+    lowered = _run_on_calls(gm, Lower())
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, ParoLinear):
             what = f"4 bit; group_size {module.group_size}; krot {module.krot}"
-            where = lowered.get(name, "the example inputs never reach it")
-            rows.append(ExplainedLinear(name, "quantized", _joined(what, merged.get(name), where)))
+            where = f"lowered to {lowered[name]}" if name in lowered else "the example inputs never reach it"
+            rows.append(ExplainedLinear(name, "quantized", _joined(what, merged.get(name), fused.get(name), where)))
         elif isinstance(module, nn.Linear):
             rows.append(ExplainedLinear(name, "keep float", "the model holds it float"))
     return Explanation(tuple(rows), blocks)
@@ -132,9 +138,19 @@ def _by_linear(report: PassReport, linears: Mapping[str, str]) -> dict[str, str]
     return found
 
 
-def _siblings(node: Node) -> list[str]:
+def _run_on_calls(gm: GraphModule, one: Pass) -> dict[str, str]:
+    """Run a pass on merged calls; return what it says of each call, by linear."""
+    linears = {node.name: _linears(node) for node in nodes_calling(gm.graph, ROTATE_INT4_SIBLINGS, INT4_SIBLINGS)}
+    pipeline = Pipeline([one])
+    pipeline.run(gm)
+    return {name: what for call, what in pipeline.reports[0].matched for name in linears[call]}
+
+
+def _linears(call: Node) -> list[str]:
     """Return the names of the linears in a merged call."""
-    weights = node.args[4]
+    assert isinstance(call.target, torch._ops.OpOverload)
+    names = [argument.name for argument in call.target._schema.arguments]
+    weights = call.args[names.index("qweight")]
     assert isinstance(weights, list | tuple)
     return [_owner(weight) for weight in weights]
 
