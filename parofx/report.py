@@ -23,6 +23,7 @@ class FloatReason(StrEnum):
     ROUTER = "router: its output selects experts"
     WEIGHT_NOT_MATRIX = "the weight is a slice of a larger parameter (fused experts)"
     FUNCTIONAL = "the weight is read by code other than one linear module"
+    WHOLE_MODEL = "the linear is the whole model, and no module can take its place: quantize nn.Sequential(linear)"
     NOT_REACHED = "the example inputs never reach it"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from parofx import affine, rotation
 from parofx.calibration.block_student import Student, TrainedTransform
@@ -16,8 +16,8 @@ from parofx.calibration.feedback import RoundedWeight
 from parofx.calibration.fitting import FittedTransform, Rotated, rotate_weight, round_rotated
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.rounding import relative_error
+from parofx.calibration.row_masks import select_rows
 from parofx.calibration.statistics import InputStatistics
-from parofx.calibration.stream import select_rows
 from parofx.config import CalibrationConfig
 from parofx.passes.transforms import Transform
 from parofx.report import StageReport
@@ -194,12 +194,13 @@ def _student_statistics(
         found[one.name] = tuple(InputStatistics(in_features, one.group_size, full=True) for _ in range(2))
     weights = trainer.present_weights()
     for index, given in enumerate(data.arguments):
-        mask = data.masks[index]
+        masks = data.masks[index]
         seen = slice(0, 2 if index >= data.held_out else 1)
 
-        def record(name: str, value: Tensor, mask: Tensor | None = mask, seen: slice = seen) -> None:
+        def record(node: Node, value: Tensor, masks: Mapping[str, Tensor] = masks, seen: slice = seen) -> None:
+            name = node.meta["parofx_transform"]
             for statistics in found.get(name, ())[seen]:
-                statistics.update(select_rows(value, mask), where=f"the input of {name}")
+                statistics.update(select_rows(node, value, masks), where=f"the input of {name}")
 
         with torch.no_grad():
             Student(module, weights, record).run(*given)

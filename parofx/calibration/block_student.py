@@ -136,11 +136,11 @@ class Student(Interpreter):
     Args:
         module: the segment.
         weights: by linear's name, `(N, K)`; a linear that is not named keeps its float weight.
-        record: called with a transform's name and its input.
+        record: called with the rotation of an activation and its input.
     """
 
     def __init__(
-        self, module: GraphModule, weights: Mapping[str, Tensor], record: Callable[[str, Tensor], None] | None = None
+        self, module: GraphModule, weights: Mapping[str, Tensor], record: Callable[[Node, Tensor], None] | None = None
     ) -> None:
         super().__init__(module)
         self.extra_traceback = False
@@ -154,8 +154,7 @@ class Student(Interpreter):
         if n.target is not ROTATE and n.target is not FAKE_QUANTIZE:
             return super().run_node(n)
         value = self.env[n.args[0]]  # type: ignore[index]
-        name = n.meta.get("parofx_transform")
-        if name is not None and self._record is not None:
-            self._record(name, value)
+        if "parofx_transform" in n.meta and self._record is not None:
+            self._record(n, value)
         trained = self._weights.get(n.meta.get("parofx_linear", ""))
         return value if trained is None else trained.to(value.dtype)

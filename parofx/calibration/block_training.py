@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from parofx.calibration.block_student import Student, TrainedTransform
+from parofx.calibration.row_masks import row_mask_of
 from parofx.config import CalibrationConfig
 from parofx.pairing import trainable_angles
 from parofx.report import StageReport
@@ -34,13 +35,13 @@ class BlockData:
     Args:
         arguments: per batch, what the quantized prefix hands to the block.
         targets: per batch, the floating tensors the float block returns.
-        masks: per batch, the rows that count, bool `(rows,)`; None if all do.
+        masks: per batch, the masks that nodes of the block may be annotated with, by name.
         held_out: the first of the batches that are kept for choosing; the number of batches if none are.
     """
 
     arguments: Sequence[list[Any]]
     targets: Sequence[list[Tensor]]
-    masks: Sequence[Tensor | None]
+    masks: Sequence[Mapping[str, Tensor]]
     held_out: int
 
     def training(self) -> range:
@@ -170,13 +171,20 @@ class BlockTrainer:
     def _loss(self, weights: Mapping[str, Tensor], index: int) -> Tensor:
         device = next(iter(weights.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._config.autocast):
-            outputs = floating_outputs(Student(self._module, weights).run(*self._data.arguments[index]))
-        mask, kind = self._data.masks[index], self._config.block_loss
+            output = Student(self._module, weights).run(*self._data.arguments[index])
+        masks, kind = self._data.masks[index], self._config.block_loss
         losses = [
-            _distance(_counting_rows(output, mask), _counting_rows(target, mask), kind)
-            for output, target in zip(outputs, self._data.targets[index], strict=True)
+            _distance(*(_counting_rows(node, one, masks) for one in (value, target)), kind)
+            for node, value, target in zip(
+                self._outputs(output), floating_outputs(output), self._data.targets[index], strict=True
+            )
         ]
         return torch.stack(losses).sum()
+
+    def _outputs(self, output: Any) -> list[Node]:
+        """Return the nodes of the floating tensors among what the block returns."""
+        nodes, values = (pytree.tree_leaves(one) for one in (self._module.graph.output_node().args[0], output))
+        return [node for node, value in zip(nodes, values, strict=True) if floating_outputs(value)]
 
 
 def floating_outputs(output: Any) -> list[Tensor]:
@@ -192,7 +200,6 @@ def _distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
     return (output - target).square().sum() / target.square().sum().clamp(min=1e-30)
 
 
-def _counting_rows(value: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None or value.dim() < 2 or value.numel() // value.shape[-1] != mask.numel():
-        return value
-    return value.reshape(-1, value.shape[-1])[mask.to(value.device)]
+def _counting_rows(node: Node, value: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    mask = row_mask_of(node)
+    return value if mask is None else mask.select(value, masks)

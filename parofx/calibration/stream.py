@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from parofx.calibration.row_masks import RowMasks, select_rows
 from parofx.errors import DataError
 from parofx.passes.blocks import split_at_blocks
 from parofx.passes.graph import FAKE_QUANTIZE, ROTATE, get_attribute
+from parofx.passes.guards import why_not_served
 
 #: Called with the transform's name and the rows `(M, K)` that reach it.
 Recorder = Callable[[str, Tensor], None]
@@ -29,6 +31,8 @@ class BlockStream:
     """Runs a PREPARED graph on batches, one segment after another, with its transforms taken as identities."""
 
     def __init__(self, gm: GraphModule, batches: Sequence[Mapping[str, Any]]) -> None:
+        masks = RowMasks(gm)
+        masks.annotate(gm)
         self._split = split_at_blocks(gm, gm.meta.get("parofx_blocks", ()))
         # Nobody asks for the model's outputs, so that being one of them keeps no value alive.
         nodes = [node for node in self._split.graph.nodes if node.op != "output"]
@@ -37,9 +41,10 @@ class BlockStream:
         self._last_use: dict[str, int] = {}
         for index, node in enumerate(nodes):
             self._last_use |= {source.name: index for source in node.all_input_nodes}
-        #: Per batch, which rows count: bool `(rows,)`; None if all do.
-        self.masks = [_row_mask(batch) for batch in batches]
         self.borders: list[Border] = [_bind_inputs(gm, nodes, batch) for batch in batches]
+        _check_inputs(gm, masks, self.borders)
+        #: Per batch, the masks that speak of some tensor, by name.
+        self.masks = [{name: border[name] for name in masks.names} for border in self.borders]
 
     def transforms_of(self, segment: str) -> list[str]:
         """Return the names of the transforms whose inputs a segment computes."""
@@ -98,33 +103,36 @@ class BlockStream:
 class _Recorder(Interpreter):
     """Runs a segment; rotations hand their input on, and report it if it is an activation."""
 
-    def __init__(self, module: GraphModule, record: Recorder, mask: Tensor | None) -> None:
+    def __init__(self, module: GraphModule, record: Recorder, masks: Mapping[str, Tensor]) -> None:
         super().__init__(module)
         # What is raised names the transform; the traceback of the model's own code would only hide it.
         self.extra_traceback = False
         self._record = record
-        self._mask = mask
+        self._masks = masks
 
     def run_node(self, n: Node) -> Any:
         if n.target is ROTATE or n.target is FAKE_QUANTIZE:
             value = self.env[n.args[0]]  # type: ignore[index]
             name = n.meta.get("parofx_transform")
             if name is not None:
-                self._record(name, select_rows(value, self._mask))
+                self._record(name, select_rows(n, value, self._masks))
             return value
         return super().run_node(n)
 
 
-def select_rows(value: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows `(M, K)` of a value that count."""
-    rows = value.reshape(-1, value.shape[-1])
-    # A mask over encoder tokens says nothing of tensors with another number of rows.
-    return rows if mask is None or mask.numel() != len(rows) else rows[mask.to(rows.device)]
+def _check_inputs(gm: GraphModule, masks: RowMasks, batches: Sequence[Border]) -> None:
+    """Refuse batches for which the model would compute something else than the graph does.
 
-
-def _row_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    mask = batch.get("attention_mask")
-    return None if not isinstance(mask, Tensor) or mask.dim() != 2 else mask.reshape(-1).bool()
+    Raises:
+        DataError: naming the first of them and what it breaks.
+    """
+    for index, inputs in enumerate(batches):
+        reason = why_not_served(gm, inputs) or masks.why_not(inputs)
+        if reason is not None:
+            raise DataError(
+                f"every calibration batch must be one that the captured graph serves: batch {index} is not, {reason}; "
+                "give batches of one kind, or example_inputs of theirs"
+            )
 
 
 def _bind_inputs(gm: GraphModule, nodes: Sequence[Node], batch: Mapping[str, Any]) -> Border:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule
 
+from parofx.calibration.data_run import DataRun
 from parofx.calibration.fitting import FittedTransform, fit
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.statistics import InputStatistics
@@ -58,9 +59,6 @@ class Calibrate:
                     progress.enter(transform.block)
                     progress.fitted(transform.apply(gm, self._fit_weights(gm, transform)))
             else:
-                # It reads graphs with helpers of this package, which imports this module.
-                from parofx.calibration.data_run import DataRun
-
                 DataRun(gm, transforms, self.batches, self.config, partial(self.fit, gm), progress).run()
         set_stage(gm, Stage.CALIBRATED)
         report = PassReport(self.name, changed=len(transforms))

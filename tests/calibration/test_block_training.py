@@ -15,6 +15,7 @@ from parofx.calibration.block_student import Student, TrainedTransform, differen
 from parofx.calibration.block_training import BlockData, BlockTrainer, floating_outputs
 from parofx.calibration.fitting import FittedTransform, fit
 from parofx.calibration.progress import BlockProgress
+from parofx.calibration.row_masks import RowMask
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.stream import BlockStream
 from parofx.config import CalibrationConfig, ParoConfig
@@ -250,17 +251,19 @@ def test_without_held_out_batches_all_are_compared_on(block: Block) -> None:
     assert list(block.data.validation()) == [3]
 
 
-def test_rows_that_are_masked_out_do_not_count(block: Block) -> None:
+def test_rows_that_are_masked_out_do_not_count(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.ones(24, dtype=torch.bool)
     mask[5:] = False
+    for node in block.module.graph.output_node().all_input_nodes:
+        monkeypatch.setitem(node.meta, "parofx_row_mask", RowMask("rows", transposed=False))
     weights = quantized_weights(block.transforms, block.fits)
     target = [[one.clone() for one in targets] for targets in block.data.targets]
     for (one,) in target:
         one[5:] = 1e6
-    data = BlockData(block.data.arguments, target, [mask] * BATCHES, 0)
+    data = BlockData(block.data.arguments, target, [{"rows": mask}] * BATCHES, 0)
     cut = BlockData(
         [[one[:5] if len(one) == 24 else one for one in given] for given in block.data.arguments],
-        [[one[:5] for one in targets] for targets in block.data.targets], [None] * BATCHES, 0,
+        [[one[:5] for one in targets] for targets in block.data.targets], [{"rows": mask[:5]}] * BATCHES, 0,
     )  # fmt: skip
     losses = [BlockTrainer(block.module, [], one, settings()).loss(weights) for one in (data, cut)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

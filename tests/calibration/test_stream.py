@@ -116,6 +116,18 @@ def test_batches_of_other_inputs_are_refused():
         BlockStream(prepared(Masked(), batch()), [{"x": batch()}])
 
 
+def test_a_batch_that_would_go_another_way_is_refused():
+    class Branching(Masked):
+        def forward(self, x):
+            return super().forward(x * 100 if x.shape[1] > 4 else x)
+
+    gm = prepared(Branching(), {"x": batch()})
+    BlockStream(gm, [{"x": batch()}, {"x": batch(2)}])
+    message = r"batch 1 is not, Guard failed: x\.size\(\)\[1\] >.*; give batches of one kind"
+    with pytest.raises(DataError, match=message):
+        BlockStream(gm, [{"x": batch()}, {"x": batch()[:, :3]}])
+
+
 def test_an_input_of_another_structure_is_refused():
     class Nested(Masked):
         def forward(self, x):

@@ -181,6 +181,18 @@ def test_explain_names_every_linear_and_its_fate(files: Files, run: Run, tmp_pat
     assert "model.layers" not in run("explain", files.float_model, "--grep", "lm_head").output
 
 
+def test_explain_of_a_checkpoint_names_calls_and_providers(files: Files, run: Run, tmp_path: Path) -> None:
+    status, output, _ = run("explain", files.paro, "--json", tmp_path / "rows.json")
+    assert status == 0, output
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["name"] for row in rows if row["action"] == "keep float"] == ["lm_head"]
+    quantized = [row["reason"] for row in rows if row["action"] == "quantized"]
+    assert len(quantized) == 14
+    assert all(reason.startswith("4 bit; group_size 32; krot 8; ") for reason in quantized)
+    assert all("lowered to " in reason for reason in quantized)
+    assert sum("v_proj with 1 rotation(s)" in reason for reason in quantized) == 6
+
+
 def test_passes_lists_the_registry(run: Run) -> None:
     import parofx.passes
 
@@ -188,6 +200,7 @@ def test_passes_lists_the_registry(run: Run) -> None:
     assert status == 0
     assert all(cls.name in output for cls in parofx.passes.registry())
     assert "CALIBRATED → CONVERTED" in run("passes", "convert").output
+    assert "normalize: no stage | FLOAT | CONVERTED → FLOAT | CONVERTED" in run("passes", "normalize").output
 
 
 def test_doctor_tells_versions_and_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

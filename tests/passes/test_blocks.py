@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import ZOO
 
-from parofx.passes import capture
 from parofx.passes.blocks import WHOLE_GRAPH, block_of, find_blocks, split_at_blocks
-from parofx.passes.capture import complete_named
+from parofx.passes.capture import capture, complete_named
 from parofx.passes.graph import LINEAR, nodes_calling
 
 

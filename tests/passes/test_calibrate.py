@@ -19,8 +19,9 @@ from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.store import CalibrationStore
 from parofx.config import CalibrationConfig, ParoConfig
 from parofx.errors import DataError
-from parofx.passes import Calibrate, Convert, InsertTransforms, Stage, capture, census, stage_of
+from parofx.passes import Calibrate, Convert, InsertTransforms, Stage, census, stage_of
 from parofx.passes.calibrate import block_reports_of, reports_of
+from parofx.passes.capture import capture
 from parofx.passes.transforms import find_transforms
 
 Batch = dict[str, Any]
