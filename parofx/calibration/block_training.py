@@ -174,7 +174,7 @@ class BlockTrainer:
             output = Student(self._module, weights).run(*self._data.arguments[index])
         masks, kind = self._data.masks[index], self._config.block_loss
         losses = [
-            _distance(*(_counting_rows(node, one, masks) for one in (value, target)), kind)
+            _distance(_counting_rows(node, value, masks), _counting_rows(node, target, masks), kind)
             for node, value, target in zip(
                 self._outputs(output), floating_outputs(output), self._data.targets[index], strict=True
             )
