@@ -184,7 +184,5 @@ PEERS = (
     ),
     Peer("aten int4pack", None, "", _aten_pack, _aten_linear, lambda w: (w[0].clone(), w[1].clone(), w[2])),
     Peer("onnxruntime int8", "onnxruntime", "pip install onnx onnxruntime", _onnx_model, _onnx_linear, _same),
-    Peer(
-        "openvino u4 int8", "openvino", "pip install openvino", _openvino_model, _openvino_linear, lambda m: m.clone()
-    ),
+    Peer("openvino u4", "openvino", "pip install openvino", _openvino_model, _openvino_linear, lambda m: m.clone()),
 )

@@ -64,6 +64,8 @@ VARIANTS = (
     Variant("parofx", {}),
     Variant("parofx int8 activations", {}, "int8"),
     Variant("parofx krot=0", {"krot": 0}),
+    Variant("parofx, quantized head", {"lm_head": 4}),
+    Variant("parofx int8, quantized head", {"lm_head": 4}, "int8"),
 )
 
 
@@ -109,6 +111,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, name, variant, options))
         process.start()
+        theirs.close()  # so that a process that dies is noticed
         # One after the other: what a process needs to get ready is no concern of the others.
         workers[variant.name] = (process, ours, Measurement(linear_mib=ours.recv()))
     for _ in range(options.rounds):
@@ -179,13 +182,14 @@ def _prepare(model: nn.Module, variant: Variant) -> tuple[str, dict[str, Any] | 
         parofx.quantize(model, config, progress=False)
         return "paro", {"activations": variant.activations}
     if variant.package == "torchao":
-        from torchao.quantization import Int4WeightOnlyConfig, quantize_
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+        from torchao.quantization import quantize_
 
-        is_head = model.get_output_embeddings()  # type: ignore[operator]
+        head = model.get_output_embeddings()  # type: ignore[operator]
         quantize_(
             model,
-            Int4WeightOnlyConfig(group_size=128, int4_packing_format="opaque"),
-            lambda module, _: isinstance(module, nn.Linear) and module is not is_head,
+            PrototypeInt4WeightOnlyConfig(group_size=128),
+            lambda module, _: isinstance(module, nn.Linear) and module is not head,
         )
     return "inductor", None
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from parofx.config import ParoConfig
 from parofx.errors import DataError
+from parofx.explanation import ExplainedLinear, Explanation, explain
 from parofx.passes.base import Pass
 from parofx.passes.calibrate import Calibrate
 from parofx.passes.capture import capture, complete_inputs, complete_named
@@ -20,7 +20,6 @@ from parofx.passes.fuse_producers import FuseProducers
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.lower import Lower, place_siblings
 from parofx.passes.merge_siblings import MergeSiblings
-from parofx.passes.transforms import find_transforms
 from parofx.pipeline import Pipeline
 
 
@@ -71,53 +70,6 @@ def lower(gm: GraphModule, device: torch.device | str | None = None, *, provider
     return lowered
 
 
-class ExplainedLinear(NamedTuple):
-    """One row of `explain`: what happens to a linear, and why."""
-
-    name: str
-    action: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What the passes would do with a model."""
-
-    rows: tuple[ExplainedLinear, ...]
-    blocks: tuple[str, ...]
-
-    def __str__(self) -> str:
-        width = max((len(row.name) for row in self.rows), default=0)
-        lines = [f"{row.name:{width}}  {row.action:10}  {row.reason}" for row in self.rows]
-        return "\n".join([f"{len(self.blocks)} blocks: {', '.join(self.blocks) or 'the whole graph'}", *lines])
-
-
-def explain(model: nn.Module, *example_inputs: Any, config: ParoConfig | None = None) -> Explanation:
-    """Tell what would be quantized, shared, merged and left float, and why. Nothing is changed.
-
-    Args:
-        model: any module.
-        *example_inputs: as for `capture`.
-        config: as for `quantize`.
-
-    Returns:
-        One row per linear; `print` it.
-    """
-    from parofx.quantization import _output_heads
-
-    gm = capture(model, *example_inputs)
-    pipeline = Pipeline([InsertTransforms(config or ParoConfig(), _output_heads(model), replace_modules=True)])
-    pipeline.run(gm)
-    report = pipeline.reports[0]
-    calls = {linear.name: len(transform.linears) for transform in find_transforms(gm) for linear in transform.linears}
-    rows = [
-        ExplainedLinear(name, "quantize", what + (f"; {calls[name]} linears in one call" if calls[name] > 1 else ""))
-        for name, what in report.matched
-    ]
-    rows += [ExplainedLinear(name, "keep float", reason) for name, reason in report.skipped]
-    return Explanation(tuple(rows), gm.meta["parofx_blocks"])
-
-
 def _named(batch: object) -> Mapping[str, Any]:
     if isinstance(batch, Mapping):
         return batch
@@ -130,4 +82,14 @@ def _named(batch: object) -> Mapping[str, Any]:
     return {f"arg{index}": value for index, value in enumerate(values)}
 
 
-__all__ = ["Explanation", "calibrate", "capture", "complete_inputs", "convert", "explain", "lower", "prepare"]
+__all__ = [
+    "ExplainedLinear",
+    "Explanation",
+    "calibrate",
+    "capture",
+    "complete_inputs",
+    "convert",
+    "explain",
+    "lower",
+    "prepare",
+]

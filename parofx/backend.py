@@ -145,7 +145,7 @@ def _lower(
 ) -> GraphModule | None:
     """Run the passes on a Dynamo graph whose parameters are bound; None if it holds nothing to lower."""
     with torch.no_grad():
-        Normalize().run(gm)
+        Pipeline([Normalize()]).run(gm)
         if stage_of(gm) is Stage.FLOAT:
             if not convert_float:
                 return None

@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from parofx.errors import PassError
-from parofx.passes.base import Pass, PassReport, set_stage, stage_of
+from parofx.passes.base import Pass, PassReport, Stage, has_stage, set_stage, stage_of
 from parofx.passes.verify import verify_stage
 
 logger = logging.getLogger("parofx")
@@ -52,7 +52,8 @@ class Pipeline:
             gm.recompile()
             self.seconds.append(time.perf_counter() - start)
             self.reports.append(report)
-            set_stage(gm, one.produces)
+            if isinstance(one.produces, Stage):
+                set_stage(gm, one.produces)
             if self.verify:
                 verify_stage(gm)
             self._log(report)
@@ -68,9 +69,11 @@ class Pipeline:
         )
 
     def _check_stage(self, gm: GraphModule, one: Pass) -> None:
+        if None in one.consumes and not has_stage(gm):
+            return
         stage = stage_of(gm)
         if stage not in one.consumes:
-            expected = " or ".join(one.consumes)
+            expected = " or ".join(stage for stage in one.consumes if stage is not None)
             raise PassError(f"pass {one.name} takes a graph of stage {expected}, got {stage}")
 
     def _log(self, report: PassReport) -> None:

@@ -19,7 +19,7 @@ from parofx.calibration.data import batches as read_batches
 from parofx.config import ParoConfig
 from parofx.errors import CaptureError, ConfigError, one_per_line
 from parofx.nn import ParoLinear
-from parofx.passes.calibrate import Calibrate, reports_of
+from parofx.passes.calibrate import Calibrate, block_reports_of, reports_of
 from parofx.passes.capture import capture, complete_inputs
 from parofx.passes.convert import Convert
 from parofx.passes.graph import INT4_LINEAR, binding, get_attribute, nodes_calling
@@ -64,7 +64,8 @@ def quantize(
         progress: show a progress bar on stderr.
 
     Returns:
-        What was quantized, with which error, and what stays float and why.
+        What was quantized, with which error, and what stays float and why. Where nothing was, a warning says so and
+        the model's configuration stays as it is.
 
     Raises:
         ConfigError: if an option is wrong, or the model is quantized already.
@@ -84,15 +85,14 @@ def quantize(
     gm = capture(model, *inputs) if isinstance(inputs, tuple) else capture(model, inputs)
     pipeline = Pipeline(
         [
-            InsertTransforms(config, output_heads=_output_heads(model), replace_modules=True),
+            InsertTransforms(config, output_heads=output_heads(model), replace_modules=True),
             Calibrate(config, batches, progress),
             Convert(),
         ]
     )
     pipeline.run(gm)
     modules = _modules(gm)
-    names = {name: type(model.get_submodule(name)) for name in modules}
-    kept = (*gm.meta["parofx_kept_float"], *_not_converted(model, gm, set(modules), set(names.values())))
+    kept = (*gm.meta["parofx_kept_float"], *not_converted(model, gm, modules))
     report = QuantizationReport(
         config=config,
         linears=tuple(_linear_report(gm, name, module) for name, module in modules.items()),
@@ -101,10 +101,12 @@ def quantize(
         seconds=time.perf_counter() - start,
         peak_memory_bytes=_peak_memory_bytes(),
         passes=pipeline.records(),
+        blocks=block_reports_of(gm),
     )
-    for module in modules.values():
-        module.pack_()
-    _write_back(model, modules)
+    if modules:
+        for module in modules.values():
+            module.pack_()
+        _write_back(model, modules)
     _warn(model, report)
     return report
 
@@ -115,6 +117,12 @@ def _warn(model: nn.Module, report: QuantizationReport) -> None:
     for pattern in report.config.modules_to_not_convert:
         if not any(matches(name, pattern) for name in names):
             logger.warning("modules_to_not_convert: no module matches %r", pattern)
+    if not report.linears:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons().items())
+        logger.warning(
+            "nothing was quantized, and the model is as it was: %s",
+            f"kept float: {reasons}" if reasons else "no linears",
+        )
     lost = [linear.name for linear in report.linears if not linear.relative_error < _LOST]
     if lost:
         logger.warning(
@@ -164,7 +172,8 @@ def _named(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
         raise CaptureError(f"{type(model).__name__}.forward does not take the example_inputs: {error}") from error
 
 
-def _output_heads(model: nn.Module) -> tuple[str, ...]:
+def output_heads(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the module that a model's `get_output_embeddings()` gives, if it has one."""
     get = getattr(model, "get_output_embeddings", None)
     try:
         head = get() if callable(get) else None
@@ -207,14 +216,17 @@ def _linear_report(gm: GraphModule, name: str, module: ParoLinear) -> LinearRepo
         block=transform.block,
         relative_error=gm.meta["parofx_relative_errors"][name],
         packed_bytes=module.packed_bytes(),
+        nearest_error=gm.meta["parofx_nearest_errors"].get(name),
     )
 
 
-def _not_converted(
-    model: nn.Module, gm: GraphModule, quantized: set[str], kinds: set[type[nn.Module]]
-) -> list[FloatLinear]:
-    """List linears of the module tree that no pass decided on: `nn.Linear` and classes that were replaced elsewhere."""
-    linears: tuple[type[nn.Module], ...] = (nn.Linear, *kinds)
+def not_converted(model: nn.Module, gm: GraphModule, names: Iterable[str]) -> list[FloatLinear]:
+    """List linears of the module tree that no pass decided on: `nn.Linear` and the classes of those it quantized.
+
+    `names` are those of the quantized ones.
+    """
+    quantized = set(names)
+    linears: tuple[type[nn.Module], ...] = (nn.Linear, *(type(model.get_submodule(name)) for name in quantized))
     in_graph = {id(bound.tensor) for node in gm.graph.nodes if (bound := binding(node)) is not None}
     decided = {one.name for one in gm.meta["parofx_kept_float"]}
     # Tied weights are one unit, listed under one of its names.

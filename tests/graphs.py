@@ -15,8 +15,9 @@ from parofx import affine, pairing
 from parofx.calibration.fitting import rotate_weight
 from parofx.config import CalibrationConfig, ParoConfig
 from parofx.dynamo import bind_parameters
-from parofx.passes import Normalize, Stage, capture
+from parofx.passes import Normalize, Stage
 from parofx.passes.base import set_stage
+from parofx.passes.capture import capture
 from parofx.passes.graph import INT4_LINEAR, get_attribute, nodes_calling
 from parofx.passes.linears import find_units
 from parofx.passes.transforms import find_transforms

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import graphs
@@ -89,11 +90,13 @@ class TestExplain:
         parts = {"stack": graphs.Stack(2), "head": graphs.linear(64, 12), "w": graphs.matrix(12, 64)}
         found = explain(Model(forward, **parts).eval(), graphs.rows(3, 64))
         assert found.blocks == ("stack.whatever.0", "stack.whatever.1")
-        shared = "shares one transform with its siblings: {0}.gate, {0}.up; group_size 64; 2 linears in one call"
+        shared = "shares one transform with its siblings: {0}.gate, {0}.up; group_size 64; {1}"
+        merged = "one call for {0}.gate, {0}.up with 1 rotation(s)"
         expected = []
         for block in found.blocks:
             expected += [
-                ExplainedLinear(f"{block}.{name}", "quantize", shared.format(block)) for name in ("gate", "up")
+                ExplainedLinear(f"{block}.{name}", "quantize", shared.format(block, merged.format(block)))
+                for name in ("gate", "up")
             ]
             expected.append(ExplainedLinear(f"{block}.down", "quantize", "own transform; group_size 64"))
         expected += [
@@ -120,12 +123,40 @@ class TestExplain:
     def test_the_config_decides(self) -> None:
         config = graphs.config(share_siblings=False, modules_to_not_convert=("down",), group_size=32)
         found = explain(graphs.Stack(1), graphs.rows(3, 64), config=config)
+        merged = "one call for whatever.0.gate, whatever.0.up with 2 rotation(s)"
         assert [(row.name, row.reason) for row in found.rows] == [
-            ("whatever.0.gate", "own transform; group_size 32"),
-            ("whatever.0.up", "own transform; group_size 32"),
+            (f"whatever.0.{name}", f"own transform; group_size 32; {merged}") for name in ("gate", "up")
+        ] + [
             ("whatever.0.down", "excluded by modules_to_not_convert (matches 'down')"),
         ]
         assert str(found).startswith("0 blocks: the whole graph\n")
+
+    def test_a_linear_that_no_input_reaches(self) -> None:
+        model = Model(lambda m, x: m.a(x), a=graphs.linear(), unused=graphs.linear(seed=1)).eval()
+        rows = explain(model, graphs.rows(3, 64)).rows
+        assert rows[1] == ExplainedLinear("unused", "keep float", "the example inputs never reach it")
+        report = parofx.quantize(model, graphs.config(), example_inputs=graphs.rows(3, 64), progress=False)
+        assert [one.name for one in report.kept_float] == ["unused"]
+
+    def test_a_quantized_model(self) -> None:
+        parts = {"stack": graphs.Stack(1), "head": graphs.linear(64, 12), "unused": nn.Identity()}
+        model, x = Model(lambda m, x: m.head(m.stack(x)), **parts).eval(), graphs.rows(3, 64)
+        parofx.quantize(model, graphs.config(krot=2), example_inputs=x, progress=False)
+        model.unused = copy.deepcopy(model.stack.whatever[0].down)
+        found = explain(model, x)
+        assert found.blocks == ()
+        held = "4 bit; group_size 64; krot 2"
+        block = "stack.whatever.0"
+        merged = f"one call for {block}.gate, {block}.up with 1 rotation(s)"
+        rows = [(row.name, row.action, row.reason.partition("; lowered to ")) for row in found.rows]
+        assert [(name, action, reason[0]) for name, action, reason in rows] == [
+            (f"{block}.gate", "quantized", f"{held}; {merged}"),
+            (f"{block}.up", "quantized", f"{held}; {merged}"),
+            (f"{block}.down", "quantized", held),
+            ("head", "keep float", "the model holds it float"),
+            ("unused", "quantized", f"{held}; the example inputs never reach it"),
+        ]
+        assert [reason[2].partition(" (")[2] for *_, reason in rows[:3]] == ["2 linears)", "2 linears)", "1 linears)"]
 
     def test_a_model_without_linears(self) -> None:
         assert str(explain(nn.ReLU(), graphs.rows(3, 64))) == "0 blocks: the whole graph"

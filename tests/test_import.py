@@ -1,11 +1,13 @@
 """What importing parofx does and does not do."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 import parofx
+import parofx.passes
 
 #: On a busy machine; it takes a few milliseconds beyond the standard library.
 SECONDS = 1.0
@@ -65,6 +67,34 @@ print(*(name for name in parofx.__all__ if type(getattr(parofx, name)).__name__ 
     assert run(script) == []
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(AttributeError, match="module 'parofx' has no attribute 'quantise'"):
-        _ = parofx.quantise
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="importing torch once for each module would take minutes")
+def test_every_module_can_be_imported_first():
+    """Each is imported in a fork of one process that holds what parofx depends on, but nothing of parofx."""
+    script = """
+import importlib.util, os, pathlib, traceback
+import networkx, rich, safetensors.torch, torch._inductor.compile_fx, torch.export, typer
+root = pathlib.Path(importlib.util.find_spec("parofx").origin).parent
+files = [path.relative_to(root.parent).with_suffix("") for path in sorted(root.rglob("*.py"))]
+names = [".".join(file.parts).removesuffix(".__init__") for file in files]
+for name in names:
+    if name.startswith(("parofx.integrations.", "parofx.triton_ops.", "parofx.plots")):
+        continue  # they need packages that need not be there
+    child = os.fork()
+    if child == 0:
+        code = 0
+        try:
+            __import__(name)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        os._exit(code)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        print(name, flush=True)
+"""
+    assert run(script) == []
+
+
+@pytest.mark.parametrize("package", [parofx, parofx.passes])
+def test_unknown_names_are_refused(package):
+    with pytest.raises(AttributeError, match=r"module 'parofx(\.passes)?' has no attribute 'quantise'"):
+        _ = package.quantise

@@ -9,7 +9,7 @@ from torch import nn
 
 from parofx.errors import ShapeError
 from parofx.nn import ROTATION_NAMES, TENSOR_NAMES, ParoLinear, check_tensors, tensor_specs
-from parofx.testing import WIDE_OPERANDS, RotateLinearCase, check_rotate_int4_linear, rotate_linear_cases
+from parofx.testing import NARROW_OPERANDS, RotateLinearCase, check_rotate_int4_linear, rotate_linear_cases
 
 CHECKPOINT = {
     "qweight": (torch.int32, (12, 2)),
@@ -63,7 +63,8 @@ def test_forward_gives_the_references_answer():
         return module(x)
 
     cases = rotate_linear_cases(rotation_dtypes=(torch.float16,))
-    check_rotate_int4_linear(forward, cases=cases, tolerances=WIDE_OPERANDS)
+    # Kernels may round activations to bf16 before they multiply.
+    check_rotate_int4_linear(forward, cases=cases, tolerances=NARROW_OPERANDS)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
+import parofx
 from parofx.errors import PassError
 from parofx.passes import (
     Calibrate,
@@ -18,13 +19,14 @@ from parofx.passes import (
     InsertTransforms,
     Lower,
     MergeSiblings,
+    Normalize,
     Pass,
     PassReport,
     Stage,
     registry,
     stage_of,
 )
-from parofx.passes.base import set_stage
+from parofx.passes.base import produced, set_stage
 from parofx.passes.graph import FAKE_QUANTIZE, LINEAR, nodes_calling
 from parofx.pipeline import Pipeline
 
@@ -100,6 +102,24 @@ def test_a_graph_without_stage_is_refused() -> None:
         Pipeline(whole()).run(gm)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_normalize_runs_on_any_graph_and_marks_it(quantized: bool, tmp_path: Path) -> None:
+    model, x = graphs.Stack(1).eval(), graphs.rows(3, 64)
+    if quantized:
+        parofx.quantize(model, graphs.config(), example_inputs=x, progress=False)
+    gm = torch.export.export(model, (x,)).module()
+    pipeline = Pipeline([Normalize()], dump_dir=str(tmp_path))
+    assert stage_of(pipeline.run(gm)) is (Stage.CONVERTED if quantized else Stage.FLOAT)
+    assert len(pipeline.seconds) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["000_normalize.py"]
+    if quantized:
+        Pipeline([Normalize(), MergeSiblings(), Normalize()]).run(gm)
+        assert stage_of(gm) is Stage.CONVERTED
+        message = "pass normalize takes a graph of stage FLOAT or CONVERTED, got LOWERED"
+        with pytest.raises(PassError, match=message):
+            Pipeline([Lower(provider="reference"), Normalize()]).run(gm)
+
+
 def test_a_pass_that_breaks_an_invariant_is_caught() -> None:
     pipeline = Pipeline([InsertTransforms(CONFIG), Broken("grid")])
     with pytest.raises(PassError, match=r"invariants of PREPARED:\n  - fake quantization of whatever.0.gate is on"):
@@ -125,8 +145,9 @@ def test_verification_can_be_left_out() -> None:
 
 
 def test_dumps_are_readable_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = float_graph()
     monkeypatch.setenv("PAROFX_DUMP", str(tmp_path / "dumps" / "here"))
-    Pipeline(whole()).run(float_graph())
+    Pipeline(whole()).run(gm)
     files = sorted((tmp_path / "dumps" / "here").iterdir())
     assert [path.name for path in files] == [
         "000_insert_transforms.py",
@@ -151,8 +172,9 @@ def test_nothing_is_dumped_unless_asked(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_matches_and_skips_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    gm = float_graph()
     with caplog.at_level(logging.DEBUG, "parofx"):
-        Pipeline([InsertTransforms(graphs.config(modules_to_not_convert=("down",)))]).run(float_graph())
+        Pipeline([InsertTransforms(graphs.config(modules_to_not_convert=("down",)))]).run(gm)
     messages = [record.message for record in caplog.records if record.name == "parofx"]
     assert messages[0].startswith("insert_transforms: 2 changed, 1 skipped, ")
     assert any(one.startswith("insert_transforms: whatever.0.gate: shares one transform") for one in messages)
@@ -173,5 +195,6 @@ def test_a_pass_is_a_frozen_dataclass_that_explains_itself(one: type[Pass]) -> N
     assert not one.__doc__.startswith(one.__name__ + "(")
     assert one.__dataclass_params__.frozen
     assert {item.name for item in fields(one)}.isdisjoint({"name", "consumes", "produces"})
-    assert isinstance(one.produces, Stage)
-    assert all(isinstance(stage, Stage) for stage in one.consumes)
+    assert all(isinstance(stage, Stage) for stage in produced(one))
+    assert all(stage is None or isinstance(stage, Stage) for stage in one.consumes)
+    assert any(one.consumes)

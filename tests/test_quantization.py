@@ -507,14 +507,14 @@ def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, fits, caplog):
         process.kill()
         assert process.wait() == -signal.SIGKILL
     finished = len(list(tmp_path.glob("segment-*.safetensors")))
-    # The first segment holds what is before the blocks.
+    # The first segment holds what is before the blocks; the last one, the head, is never run.
     assert 2 <= finished < LAYERS + 1
 
     try:
         with caplog.at_level("INFO", logger="parofx"):
             resumed = calibrate_in(tmp_path)
         log = next(record.getMessage() for record in caplog.records if "resuming" in record.getMessage())
-        after = int(log.removeprefix("resuming calibration after ").removesuffix(f" of {LAYERS + 1} segments"))
+        after = int(log.removeprefix("resuming calibration after ").removesuffix(f" of {LAYERS + 2} segments"))
         # Killed between a segment and its border, a run does that segment again.
         assert finished - 1 <= after <= finished
         assert len(fits) == 4 * (LAYERS + 1 - after)
@@ -609,3 +609,25 @@ def test_weights_that_the_grid_cannot_hold_are_told(caplog):
     (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert message.startswith("4 bits lose more than half of what these linears compute")
     assert message.endswith("- left")
+
+
+@pytest.mark.parametrize("make", [net, lambda: tiny.model(num_hidden_layers=1)], ids=["module", "transformers"])
+def test_a_model_in_which_nothing_qualifies_is_left_as_it_is(make, caplog):
+    model = make()
+    before = list(model.named_modules())
+    options = {} if hasattr(model, "config") else {"example_inputs": inputs()}
+    report = quantize(model, replace(CONFIG, modules_to_not_convert=("*",)), **options)
+    assert report.linears == ()
+    assert set(report.reasons()) <= {FloatReason.EXCLUDED, FloatReason.NOT_REACHED}
+    assert list(model.named_modules()) == before
+    assert not hasattr(getattr(model, "config", None), "quantization_config")
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    count = report.reasons()[FloatReason.EXCLUDED]
+    assert message.startswith(
+        f"nothing was quantized, and the model is as it was: kept float: {count} excluded by modules_to_not_convert"
+    )
+
+
+def test_a_model_without_linears_has_nothing_to_quantize(caplog):
+    assert quantize(nn.Sequential(nn.ReLU()), example_inputs=inputs()).kept_float == ()
+    assert caplog.messages[-1] == "nothing was quantized, and the model is as it was: no linears"

@@ -34,6 +34,8 @@ def explain(
 ) -> None:
     """Tell what would be quantized, shared, merged and skipped, and why. Changes nothing.
 
+    Of a PARO checkpoint: what is quantized, merged and lowered.
+
     \b
     parofx explain ./llama
     parofx explain org/model --grep lm_head

@@ -41,7 +41,9 @@ def passes(
 
 
 def _stages(cls: Any) -> str:
-    return f"{' | '.join(cls.consumes)} → {cls.produces}"
+    from parofx.passes.base import produced
+
+    return f"{' | '.join(stage or 'no stage' for stage in cls.consumes)} → {' | '.join(produced(cls))}"
 
 
 def _documentation(cls: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from parofx import cpu_ops
 from parofx.cpu_ops.layout import GROUP_SIZES, pack_rotation, pack_weight, place_together
 from parofx.cpu_ops.packed_linear import ACTIVATION_MODES, BITS, DTYPES
 from parofx.passes.layouts import packed_rotation, packed_weight
-from parofx.providers.base import SiblingCall
+
+if TYPE_CHECKING:
+    # The package of the providers imports this module.
+    from parofx.providers.base import SiblingCall
 
 
 class CpuProvider:

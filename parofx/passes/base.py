@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch.fx import GraphModule
 
@@ -38,13 +39,24 @@ class PassReport:
 class Pass(Protocol):
     """A frozen dataclass whose fields are its options.
 
+    `consumes` holds the stages it takes, None for a graph that carries none. `produces` is what it makes of them; where
+    that depends on the graph, it holds every possible one and `run` marks the graph itself.
+
     `run` mutates the graph in place, is idempotent, keeps `meta`, and never lints, recompiles, dumps or times: the
     `Pipeline` does.
     """
 
     name: ClassVar[str]
-    consumes: ClassVar[tuple[Stage, ...]]
-    produces: ClassVar[Stage]
+
+    @property
+    def consumes(self) -> tuple[Stage | None, ...]:
+        """The stages it takes; a class variable."""
+        ...
+
+    @property
+    def produces(self) -> Stage | tuple[Stage, ...]:
+        """The stage it makes, or every one it may make; a class variable."""
+        ...
 
     def run(self, gm: GraphModule) -> PassReport:
         """Rewrite `gm` in place."""
@@ -61,10 +73,30 @@ def register(cls: _PassType) -> _PassType:
     return cls
 
 
-def registry() -> list[type[Pass]]:
-    """Return every pass class, in the order the stages run."""
+def registered() -> list[type[Pass]]:
+    """Return the pass classes that were entered so far."""
+    return list(_REGISTRY.values())
+
+
+def in_stage_order(classes: Iterable[type[Pass]]) -> list[type[Pass]]:
+    """Return pass classes in the order the stages run; those of equal stages stay as they are."""
     order = list(Stage)
-    return sorted(_REGISTRY.values(), key=lambda cls: (order.index(cls.produces), order.index(cls.consumes[0])))
+
+    def position(cls: Any) -> tuple[int, int]:
+        first = next(stage for stage in cls.consumes if stage is not None)
+        return order.index(produced(cls)[0]), order.index(first)
+
+    return sorted(classes, key=position)
+
+
+def produced(cls: Any) -> tuple[Stage, ...]:
+    """Return the stages that a pass class may make."""
+    return cls.produces if isinstance(cls.produces, tuple) else (cls.produces,)
+
+
+def has_stage(gm: GraphModule) -> bool:
+    """Say whether a graph carries a stage."""
+    return "parofx_stage" in gm.meta
 
 
 def stage_of(gm: GraphModule) -> Stage:

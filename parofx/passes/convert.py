@@ -42,7 +42,7 @@ class Convert:
                     reason = why_not(gm, linear)
                     if reason is not None:
                         raise PassError(f"{linear.name} cannot be converted: {reason}")
-                    report.changed += _rewrite(gm, transform, linear, self._packed(gm, transform, linear))
+                    report.changed += rewrite(gm, transform, linear, self._packed(gm, transform, linear))
                 # Calibration has rounded them before it chose the grid.
                 transform.halve_parameters(gm)
         remove_dead_code(gm)
@@ -76,7 +76,7 @@ def why_not(gm: GraphModule, linear: TransformedLinear) -> str | None:
     return None
 
 
-def _rewrite(
+def rewrite(
     gm: GraphModule, transform: Transform, linear: TransformedLinear, packed: tuple[Tensor, Tensor, Tensor]
 ) -> int:
     """Let every call of a linear read packed tensors."""

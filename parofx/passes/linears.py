@@ -143,6 +143,8 @@ class Selection:
             return FloatReason.ROUTER, ""
         if unit.out_features % CODES_PER_WORD:
             return FloatReason.OUT_FEATURES, f"{unit.out_features} out_features"
+        if self.replace_modules and is_module(unit.weight, "", unit.calls):
+            return FloatReason.WHOLE_MODEL, ""
         if self.replace_modules and not is_module(unit.weight, unit.name, unit.calls, tied=unit.module is not None):
             return FloatReason.FUNCTIONAL, f"{unit.weight.fqn} is read outside of one linear module"
         return None
@@ -153,7 +155,10 @@ class Selection:
         if any(block_of(call, self.blocks) for call in unit.calls):
             return False
         weight = unit.weight.tensor
-        return any(weight is table or weight.shape == table.shape for table in self.embeddings)
+        if any(weight is table for table in self.embeddings):
+            return True
+        alike = any(weight.shape == table.shape for table in self.embeddings)
+        return alike and not any(map(_feeds_weights, unit.calls))
 
 
 def name_tied_heads(units: Iterable[LinearUnit], embeddings: Iterable[torch.Tensor]) -> None:
@@ -218,6 +223,25 @@ def group_siblings(units: list[LinearUnit], blocks: tuple[str, ...], *, share: b
 def matches(name: str, pattern: str) -> bool:
     """Say whether a module name is meant: equal, a glob match, or a run of whole components (`"lm_head"`)."""
     return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def _feeds_weights(call: Node) -> bool:
+    """Say whether what a linear gives reaches a product with another weight: then it is no output of the model."""
+    pending, seen = list(call.users), set()
+    while pending:
+        user = pending.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if any(_is_matrix(source) for source in user.all_input_nodes):
+            return True
+        pending += user.users
+    return False
+
+
+def _is_matrix(node: Node) -> bool:
+    found = weight_binding(node)
+    return found is not None and found[0].tensor.dim() > 1 and found[0].tensor.is_floating_point()
 
 
 def _selects_experts(call: Node) -> bool:

@@ -22,9 +22,11 @@ from torch.fx import GraphModule, Node
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.graph import (
     INT4_LINEAR,
+    INT4_SIBLINGS,
     LINEAR,
     ROTATE,
     ROTATE_INT4_LINEAR,
+    ROTATE_INT4_SIBLINGS,
     SEMANTIC,
     TRANSPOSE,
     binding,
@@ -49,11 +51,11 @@ _SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 @register
 @dataclass(frozen=True)
 class Normalize:
-    """Bring linears and parameters to one form."""
+    """Bring linears and parameters to one form, and mark the graph: CONVERTED if it holds `ParoLinear`s, else FLOAT."""
 
     name: ClassVar[str] = "normalize"
-    consumes: ClassVar[tuple[Stage, ...]] = (Stage.FLOAT,)
-    produces: ClassVar[Stage] = Stage.FLOAT
+    consumes: ClassVar[tuple[Stage | None, ...]] = (None, Stage.FLOAT, Stage.CONVERTED)
+    produces: ClassVar[tuple[Stage, ...]] = (Stage.FLOAT, Stage.CONVERTED)
 
     def run(self, gm: GraphModule) -> PassReport:
         """Rewrite `gm` in place."""
@@ -84,7 +86,8 @@ class Normalize:
         report.changed += _share_equal_nodes(gm)
         if report.changed:
             erase_unused(gm.graph)
-        set_stage(gm, Stage.CONVERTED if nodes_calling(gm.graph, INT4_LINEAR) else Stage.FLOAT)
+        quantized = nodes_calling(gm.graph, INT4_LINEAR, ROTATE_INT4_SIBLINGS, INT4_SIBLINGS)
+        set_stage(gm, Stage.CONVERTED if quantized else Stage.FLOAT)
         return report
 
 
@@ -99,10 +102,10 @@ class _Operands:
 
     @property
     def broadcasts_bias(self) -> bool:
-        """Whether the bias is one value for all output channels."""
+        """Whether the bias is anything but one value for each output channel."""
         value = None if self.bias is None else _value(self.bias)
         out_features = _value(self.parameter).shape[1 if self.transposed else 0]  # type: ignore[union-attr]
-        return value is not None and value.numel() == 1 != out_features
+        return value is not None and (value.dim() != 1 or value.numel() == 1 != out_features)
 
 
 def _as_linear(node: Node) -> _Operands | None:

@@ -224,7 +224,7 @@ def _under_silu(node: Node) -> Node | None:
         return source if isinstance(source, Node) else None
     for gate, gated in _factors(node):
         if operator_name(gated) == "sigmoid" and _argument(gated, 0, "input") is gate:
-            return gate
+            return gate if isinstance(gate, Node) else None
     return None
 
 

@@ -17,12 +17,13 @@ _VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "
 def is_module(weight: Binding, name: str, calls: Sequence[Node], *, tied: bool = False) -> bool:
     """Say whether the calls that read a weight are all that reads it, each the whole of the module `name`.
 
-    With `tied` the weight belongs to an embedding, whose look-ups may read it too: they go on with the float table.
+    The model itself has the name `""`. With `tied` the weight belongs to an embedding, whose look-ups may read it too:
+    they go on with the float table.
     """
     readers = _readers(weight.tensor, calls[0].graph)
     if tied:
         readers = {node for node in readers if node.target not in EMBEDDING}
-    elif weight.fqn != f"{name}.weight":
+    elif weight.fqn != f"{name}.weight".lstrip("."):
         return False
     return readers == set(calls) and all(_is_whole(call, name) for call in calls)
 

@@ -28,8 +28,9 @@ REWRITE = 1e-5
 FP32 = 1e-4
 #: Stages in bf16, which has 8 bits.
 BF16 = 1e-2
-#: Where the float model in bf16 is that far from fp64 itself: Gemma 3 scales its embeddings and norms by large numbers.
-BF16_OF = {"gemma3": 1.5e-2}
+#: Where the float model in bf16 is that far from fp64 itself: Gemma 3 scales its embeddings and norms by large numbers,
+#: and one of Mixtral's tokens lies so near a tie of its router that it goes to another expert.
+BF16_OF = {"gemma3": 1.5e-2, "mixtral": 6e-2}
 
 CONFIG = ParoConfig(calibration=CalibrationConfig(steps=3))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import graphs
@@ -11,9 +12,16 @@ from zoo import ZOO
 
 from parofx.api import convert, prepare
 from parofx.errors import CaptureError
-from parofx.passes import Stage, capture, stage_of
-from parofx.passes.capture import complete_inputs
+from parofx.passes import Stage, stage_of
+from parofx.passes.capture import capture, complete_inputs
 from parofx.passes.graph import LINEAR, binding, nodes_calling
+from parofx.passes.guards import why_not_served
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        record.getMessage() for record in caplog.records if record.name == "parofx" and record.levelname == "WARNING"
+    ]
 
 
 def two_layers() -> nn.Module:
@@ -133,6 +141,117 @@ def test_inputs_of_transformers_models_are_completed() -> None:
     given = {"input_ids": ids, "decoder_inputs_embeds": ids, "use_cache": True}
     assert complete_inputs(Seq2Seq(), given) == given
     assert complete_inputs(two_layers(), {"x": ids}) == {"x": ids}
+
+
+def test_a_decoder_that_reads_the_encoders_tokens_reads_them_under_their_mask() -> None:
+    class Seq2Seq(nn.Module):
+        def forward(
+            self,
+            input_ids: Any = None,
+            attention_mask: Any = None,
+            decoder_input_ids: Any = None,
+            decoder_attention_mask: Any = None,
+        ) -> None: ...
+
+    ids, mask = torch.ones(1, 2), torch.zeros(1, 2)
+    completed = complete_inputs(Seq2Seq(), {"input_ids": ids, "attention_mask": mask})
+    assert completed["decoder_attention_mask"] is mask
+    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.zeros(1, 2)}
+    assert complete_inputs(Seq2Seq(), given) == given
+
+
+def test_one_tensor_given_twice_is_two_inputs() -> None:
+    def forward(module: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return module.inner(x), module.inner(y)
+
+    model, x = Model(forward, inner=two_layers()).eval(), graphs.rows(3, 64)
+    gm, other = capture(model, x, x), graphs.rows(5, 64)
+    assert [len(one) for one in gm(x, other)] == [3, 5]
+
+
+class TestKeywordInputs:
+    class Collecting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = two_layers()
+
+        def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+            return self.inner(x) + more["shift"]
+
+    @pytest.mark.parametrize("replaced", [False, True])
+    def test_sizes_of_what_a_model_collects_are_dynamic(self, replaced: bool, caplog: pytest.LogCaptureFixture) -> None:
+        model = self.Collecting().eval()
+        if replaced:
+            model.forward = forward = model.forward
+        gm = capture(model, graphs.rows(3, 64), shift=graphs.rows(3, 64, seed=1))
+        assert vars(model).get("forward") is (forward if replaced else None)
+        assert not warnings_of(caplog)
+        x, shift = graphs.rows(5, 64), graphs.rows(5, 64, seed=1)
+        assert torch.equal(gm(x, shift=shift), model(x, shift=shift))
+
+
+def test_fixed_sizes_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    export = torch.export.export
+
+    def static_only(*args: Any, dynamic_shapes: Any = None, **options: Any) -> Any:
+        if dynamic_shapes is not None:
+            raise ValueError("this one cannot\nfor many reasons")
+        return export(*args, **options)
+
+    monkeypatch.setattr(torch.export, "export", static_only)
+    gm = capture(two_layers(), graphs.rows(3, 64))
+    assert warnings_of(caplog) == [
+        "Sequential is captured for the sizes of its example inputs alone: with dynamic sizes, torch.export says: "
+        "this one cannot"
+    ]
+    assert why_not_served(gm, {"input_1": graphs.rows(3, 64)}) is None
+    reason = why_not_served(gm, {"input_1": graphs.rows(2, 64)})
+    assert reason == "input_1 must have the shape (3, 64), as at the capture, got (2, 64)"
+
+
+class Choosing(nn.Module):
+    """A model that goes several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = two_layers()
+
+    def forward(self, x: Tensor, flag: bool = False, shift: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        x = self.inner(x) if x.shape[0] > 4 else x
+        x = x * scale if flag else x
+        return x if shift is None else x + shift
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"x": graphs.rows(9, 64)}, None),
+        ({"x": graphs.rows(3, 64)}, r"^Guard failed: x\.size\(\)\[0\] >"),
+        ({"x": graphs.rows(5, 3, 64)}, r"^x must have the shape \(\*, 64\), as at the capture, got \(5, 3, 64\)$"),
+        ({"x": graphs.rows(5, 32)}, r"^x must have the shape \(\*, 64\), as at the capture, got \(5, 32\)$"),
+        ({"x": None}, r"^x must be a tensor, as at the capture, got None$"),
+        ({"flag": True}, r"^flag must be False, as at the capture, got True$"),
+        ({"flag": 0}, r"^flag must be False, as at the capture, got 0$"),
+        ({"shift": graphs.rows(5, 64)}, r"^shift must be None, as at the capture, got a tensor of shape \(5, 64\)$"),
+        ({"scale": 2.0}, r"^scale must be nan, as at the capture, got 2\.0$"),
+    ],
+)
+def test_what_a_graph_was_not_captured_for(changes: dict[str, Any], reason: str | None) -> None:
+    inputs = {"x": graphs.rows(5, 64), "flag": False, "shift": None, "scale": float("nan")}
+    found = why_not_served(capture(Choosing(), **inputs), inputs | changes)
+    assert found is None if reason is None else re.search(reason, str(found)), found
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_guards_of_real_models_let_other_sizes_pass(name: str) -> None:
+    spec = ZOO[name]
+    model = spec.build()
+    inputs = complete_inputs(model, spec.inputs())
+    gm = capture(model, inputs)
+    other = {key: value[:1] if isinstance(value, Tensor) and value.dim() else value for key, value in inputs.items()}
+    for given in (inputs, other):
+        assert why_not_served(gm, given) is None
 
 
 def test_tied_parameters_are_one_tensor() -> None:

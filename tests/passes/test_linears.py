@@ -14,8 +14,9 @@ from zoo import ZOO
 
 import parofx
 from parofx.api import convert, lower, prepare
-from parofx.passes import InsertTransforms, capture
+from parofx.passes import InsertTransforms
 from parofx.passes.blocks import find_blocks
+from parofx.passes.capture import capture
 from parofx.passes.linears import choose_group_sizes, find_units, group_siblings, matches
 from parofx.passes.transforms import find_transforms
 from parofx.report import FloatLinear, FloatReason
@@ -75,6 +76,20 @@ class TestFloatReasons:
         (found,) = kept(gm, lm_head=4, replace_modules=True)
         assert found.reason is FloatReason.FUNCTIONAL
 
+    @pytest.mark.parametrize("kind", ["linear", "functional"])
+    def test_whole_model(self, kind: str) -> None:
+        class Root(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = graphs.matrix(64, 64)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return F.linear(x, self.weight)
+
+        model = graphs.linear() if kind == "linear" else Root()
+        gm = capture(model, graphs.rows(3, 64))
+        assert kept(gm, replace_modules=True) == [FloatLinear("weight", FloatReason.WHOLE_MODEL)]
+
     def test_output_head_named_by_the_model(self) -> None:
         model = nn.Sequential(graphs.linear(), graphs.linear(64, 40))
         gm = capture(model, graphs.rows(3, 64))
@@ -91,6 +106,16 @@ class TestFloatReasons:
         model = Model(lambda m, x: m.blocks[1](m.blocks[0](m.embedding(x))), blocks=blocks, embedding=embedding).eval()
         gm = capture(model, torch.arange(6).view(2, 3))
         assert kept(gm) == []
+
+    @pytest.mark.parametrize("door", DOORS)
+    def test_hidden_linears_with_the_shape_of_an_embedding_are_no_output_head(self, door: str) -> None:
+        def forward(m: Any, x: Tensor) -> Tensor:
+            return torch.tanh(m.last(torch.relu(m.first(m.embedding(x)))) / 30)[:, -1] * 30
+
+        parts = {"first": graphs.linear(), "last": graphs.linear(seed=1)}
+        model = Model(forward, embedding=nn.Embedding(64, 64), **parts).eval()
+        captured = graphs.enter(door, model, torch.arange(6).view(2, 3))
+        assert kept(captured.gm) == [FloatLinear("last", FloatReason.OUTPUT_HEAD)]
 
     @pytest.mark.parametrize("door", DOORS)
     @pytest.mark.parametrize("in_features", [16, 48, 100])

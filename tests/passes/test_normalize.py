@@ -137,8 +137,10 @@ def test_a_product_that_writes_its_result_elsewhere_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize(("call", "size"), [("linear", ()), ("linear", (1,)), ("addmm", (1,))])
-def test_a_bias_of_one_value_becomes_an_addition(door: str, call: str, size: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("call", "size"), [("linear", ()), ("linear", (1,)), ("addmm", (1,)), ("linear", (1, N)), ("linear", (3, N))]
+)
+def test_a_bias_of_another_shape_becomes_an_addition(door: str, call: str, size: tuple[int, ...]) -> None:
     forward = {"linear": lambda m, x: F.linear(x, m.w, m.b), "addmm": lambda m, x: torch.addmm(m.b, x, m.w.t())}
     bias = nn.Parameter(torch.full(size, 0.5))
     model, x = Model(forward[call], w=graphs.matrix(N, K), b=bias).eval(), graphs.rows(3, K)

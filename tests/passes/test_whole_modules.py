@@ -12,7 +12,8 @@ from graphs import Model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from parofx.passes import InsertTransforms, capture
+from parofx.passes import InsertTransforms
+from parofx.passes.capture import capture
 from parofx.report import FloatReason
 
 
