@@ -71,9 +71,10 @@ def test_fused_producers(door: str, share: bool) -> None:
     }
 
 
-@pytest.mark.parametrize(("rows", "fused"), [(1, 0), (16, 1)])
-def test_the_cost_model_decides(rows: int, fused: int) -> None:
-    inputs = graphs.rows(rows, 64).bfloat16(), graphs.rows(rows, 64, seed=1).bfloat16()
+@pytest.mark.parametrize(("launches", "fused"), [(0, 1), (9, 0)])
+def test_the_cost_model_decides(launches: int, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parofx.passes.fuse_producers.is_fusible", lambda node: launches)
+    inputs = graphs.rows(16, 64).bfloat16(), graphs.rows(16, 64, seed=1).bfloat16()
     found = lower(converted(block(llama).bfloat16(), *inputs, door="dynamo"), *inputs)
     assert found.get("parofx.triton_rmsnorm_rotate.default", 0) == fused
 
