@@ -23,6 +23,7 @@ class FloatReason(StrEnum):
     ROUTER = "router: its output selects experts"
     WEIGHT_NOT_MATRIX = "the weight is a slice of a larger parameter (fused experts)"
     FUNCTIONAL = "the weight is read by code other than one linear module"
+    LEFT_FLOAT = "the model is quantized, and left it float"
     NOT_REACHED = "the example inputs never reach it"
 
 

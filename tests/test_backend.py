@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import transformers
 from fp64 import relative_error, run
 from rounded import round_model
 from torch import Tensor, nn
@@ -253,6 +254,59 @@ def _calls(name: str) -> tuple[int, ...]:
     return (transforms, transforms - 1) if name in ("t5", "whisper") else (transforms,)
 
 
+class Untied(nn.Module):
+    """A language model whose head is told by its embedding's shape alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 64)
+        self.body = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 96, bias=False)
+
+    def forward(self, x):
+        if not x.is_floating_point():
+            x = self.embed(x)
+        return self.head(torch.relu(self.body(x)))
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(**LLAMA_LIKE | {"num_hidden_layers": 1, "vocab_size": 256})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def _broken_before_the_head(model: nn.Module) -> Callable:
+    def run(embedded):
+        hidden = model.model(inputs_embeds=embedded).last_hidden_state
+        torch._dynamo.graph_break()
+        return model.lm_head(hidden)
+
+    return run
+
+
+HEADS: dict[str, tuple[Callable, Callable, int]] = {
+    "embeddings given": (llama, lambda model: lambda x: model(inputs_embeds=x).logits, 7),
+    "graph break": (llama, _broken_before_the_head, 7),
+    "head alone": (llama, lambda model: lambda x: model.lm_head(x), 0),
+    "shape of a table of the model": (Untied, lambda model: model, 1),
+    "head alone, by shape": (Untied, lambda model: lambda x: model.head(x), 0),
+}
+
+
+@pytest.mark.parametrize(("make", "way", "quantized"), HEADS.values(), ids=HEADS)
+def test_the_output_head_stays_float_where_no_embedding_is_looked_up(make, way, quantized, spy, caplog):
+    """Regression: the head was told by the embedding table that the graph looks up, and quantized without one."""
+    torch.manual_seed(0)
+    model = make().eval()
+    head = model.lm_head if make is llama else model.head
+    x = inputs(2, 5, head.in_features)
+    quietly(compiled(way(model), fullgraph=False, options={"steps": 0}), x)
+    assert sum("fitting" in line for line in float_lines(caplog)) == bool(quantized)
+    if quantized:
+        assert f"fitting {quantized} linears" in float_lines(caplog)[0]
+    linears = [node for gm in spy.graphs for node in gm.graph.nodes if "linear" in str(node.target)]
+    assert any(not str(node.target).startswith("parofx") for node in linears), "the head is a float linear still"
+
+
 def test_dynamo_explains_no_graph_break():
     model = ZOO["llama"].build()
     explanation = torch._dynamo.explain(model)(input_ids=ZOO["llama"].inputs()["input_ids"])
@@ -292,6 +346,64 @@ def test_what_quantize_left_float_stays_float_behind_a_graph_break(spy, caplog):
     assert relative_error(result, quietly(model, inputs())) < FP32
     assert len(spy.graphs) == 2
     assert not float_lines(caplog)
+
+
+class Held:
+    """Holds a model without being a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.models = [model]
+
+    def run(self, x):
+        return self.models[0](x)
+
+    def run_apart(self, x):
+        model = self.models[0]
+        x = model.norm(x)
+        x = torch.relu(model.left(x)) * model.right(x)
+        torch._dynamo.graph_break()
+        return model.down(x)
+
+
+def test_what_quantize_left_float_stays_float_alone(spy, caplog):
+    """Regression: only modules that the compiled frame sees were asked whether they hold a `ParoLinear`."""
+    model = net()
+    config = ParoConfig(modules_to_not_convert=("down",), calibration=CalibrationConfig(steps=0))
+    parofx.quantize(model, config, example_inputs=inputs(), progress=False)
+    for one in (model, copy.deepcopy(model)):
+        expected = quietly(one, inputs())
+        assert relative_error(quietly(compiled(Held(one).run_apart, fullgraph=False), inputs()), expected) < FP32
+        hidden = inputs(8, 128)
+        assert relative_error(quietly(compiled(one.down), hidden), quietly(one.down, hidden)) < FP32
+    assert not float_lines(caplog)
+
+
+def test_a_float_linear_and_one_left_float_share_no_graph(spy):
+    model, other = net(), net(seed=3)
+    config = ParoConfig(modules_to_not_convert=("down",), calibration=CalibrationConfig(steps=0))
+    parofx.quantize(model, config, example_inputs=inputs(), progress=False)
+    hidden = inputs(8, 128)
+    for down, least, most in (
+        (other.down, 1e-3, FOUR_BITS),
+        (model.down, -1, FP32),
+        (net(seed=4).down, 1e-3, FOUR_BITS),
+    ):
+        assert least < relative_error(quietly(compiled(down), hidden), quietly(down, hidden)) < most
+    assert len(spy.graphs) == 2
+
+
+def test_a_float_model_beside_a_quantized_one_is_converted(spy, caplog):
+    both = [paro_net(), net(seed=1)]
+
+    def first(x):
+        return both[0](x)
+
+    def second(x):
+        return both[1](x)
+
+    assert relative_error(quietly(compiled(first), inputs()), quietly(both[0], inputs())) < FP32
+    assert relative_error(quietly(compiled(second), inputs()), quietly(both[1], inputs())) > 1e-3
+    assert "fitting 3 linears" in float_lines(caplog)[0]
 
 
 # --- sizes, grad modes, gradients -----------------------------------------------------------------------------------
@@ -377,6 +489,33 @@ def test_training_mode_is_refused_with_the_module_named(spy):
         fast(inputs())
     model.eval()
     assert fast(inputs()).shape == (8, 64)
+
+
+@pytest.mark.parametrize("make", [net, paro_net])
+def test_training_mode_is_refused_wherever_the_model_is_held(make, spy):
+    """Regression: only modules that the compiled frame sees were asked for their mode."""
+    model = make().train()
+    held, listed = Held(model), [model]
+    for function in (held.run, lambda x: listed[0](x)):
+        with pytest.raises(BackendCompilerFailed, match=r"these modules are in training mode: .*call model\.eval\(\)"):
+            compiled(function)(inputs())
+    model.eval()
+    assert compiled(held.run)(inputs()).shape == (8, 64)
+    outer = nn.Sequential(model).train()
+    model.eval()
+    with pytest.raises(BackendCompilerFailed, match="these modules are in training mode: Sequential; call"):
+        compiled(outer)(inputs())
+
+
+def test_calls_in_training_mode_are_refused(spy):
+    model = net()
+
+    def forward(x):
+        return nn.functional.dropout(model(x), 0.1)
+
+    with pytest.raises(BackendCompilerFailed, match=r"these calls are in training mode: dropout \(\w+\); call"):
+        compiled(forward)(inputs())
+    assert compiled(lambda x: nn.functional.dropout(model(x), 0.1, training=False))(inputs()).shape == (8, 64)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ ROTATE_INT4_SIBLINGS = torch.ops.parofx.rotate_int4_siblings.default
 #: Operators that the lowering must replace.
 SEMANTIC = frozenset({ROTATE, FAKE_QUANTIZE, INT4_LINEAR, ROTATE_INT4_LINEAR, ROTATE_INT4_SIBLINGS})
 
+#: Metadata of a parameter that stays float whatever reads it: the `FloatReason`.
+STAYS_FLOAT = "parofx_stays_float"
+
 _BINDING = "parofx_binding"
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
 #: Python's operators that write to their first operand, by the names that functions and methods have.
@@ -68,6 +71,13 @@ def weight_binding(node: object) -> tuple[Binding, bool] | None:
     transposed = isinstance(node, Node) and node.target is TRANSPOSE
     bound = binding(node.args[0] if transposed and isinstance(node, Node) else node)
     return None if bound is None else (bound, transposed)
+
+
+def parameter_node(weight: Node) -> Node:
+    """Return the parameter that a linear's weight reads, transposed or not."""
+    source = weight.args[0] if weight.target is TRANSPOSE else weight
+    assert isinstance(source, Node)
+    return source
 
 
 def get_attribute(root: nn.Module | None, path: str) -> Any:

@@ -36,13 +36,15 @@ from parofx.report import FloatLinear, FloatReason
 class InsertTransforms:
     """Insert a rotation and its inverse around every linear that can be quantized.
 
-    `output_heads` names modules to treat as output head besides those found from embedding tables; with
-    `replace_modules` a linear stays float unless a module can be put in its place.
+    `output_heads` names modules to treat as output head besides those found from embedding tables, and `embeddings`
+    are tables besides those the graph looks up; with `replace_modules` a linear stays float unless a module can be put
+    in its place.
     """
 
     config: ParoConfig = field(default_factory=ParoConfig)
     output_heads: tuple[str, ...] = ()
     replace_modules: bool = False
+    embeddings: tuple[torch.Tensor, ...] = ()
 
     name: ClassVar[str] = "insert_transforms"
     consumes: ClassVar[tuple[Stage, ...]] = (Stage.FLOAT,)
@@ -70,7 +72,8 @@ class InsertTransforms:
         self, gm: GraphModule, blocks: tuple[str, ...]
     ) -> tuple[list[LinearUnit], list[FloatLinear], dict[str, int]]:
         """Return the units to transform, the linears that stay float with their reasons, and the group sizes."""
-        selection = Selection(self.config, blocks, find_embeddings(gm), self.output_heads, self.replace_modules)
+        embeddings = (*find_embeddings(gm), *self.embeddings)
+        selection = Selection(self.config, blocks, embeddings, self.output_heads, self.replace_modules)
         kept = [FloatLinear(name, FloatReason.WEIGHT_NOT_MATRIX) for name in find_weight_stacks(gm)]
         chosen = []
         for unit in find_units(gm):

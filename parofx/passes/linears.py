@@ -14,10 +14,12 @@ from parofx.packing import CODES_PER_WORD
 from parofx.passes.blocks import block_of
 from parofx.passes.graph import (
     LINEAR,
+    STAYS_FLOAT,
     Binding,
     binding,
     nodes_calling,
     operator_name,
+    parameter_node,
     weight_binding,
 )
 from parofx.passes.whole_modules import is_module
@@ -52,6 +54,13 @@ class LinearUnit:
         """The module that owns the weight, or the weight itself where it is no module's `weight`."""
         module, _, attribute = self.weight.fqn.rpartition(".")
         return (module if attribute == "weight" and module else self.weight.fqn) + self.suffix
+
+    @property
+    def stays_float(self) -> FloatReason | None:
+        """Why it stays float whatever the graph says of it, or None."""
+        weight = self.calls[0].args[1]
+        assert isinstance(weight, Node)
+        return parameter_node(weight).meta.get(STAYS_FLOAT)
 
     @property
     def in_features(self) -> int:
@@ -131,6 +140,8 @@ class Selection:
         pattern = next((one for one in self.config.modules_to_not_convert if matches(unit.name, one)), None)
         if pattern is not None:
             return FloatReason.EXCLUDED, f"matches {pattern!r}"
+        if unit.stays_float is not None:
+            return unit.stays_float, ""
         if self._is_output_head(unit):
             return FloatReason.OUTPUT_HEAD, ""
         if any(_selects_experts(call) for call in unit.calls):
