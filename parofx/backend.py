@@ -72,8 +72,12 @@ class BackendOptions:
         modes = list_mode_options()
         if mode is not None and mode not in modes:
             raise ConfigError(f"mode must be one of {sorted(modes)} for backend 'paro', got {mode!r}")
-        inductor = {**(modes[mode] if mode else {}), **given.pop("inductor", {})}
-        provider = given.pop("provider", None)
+        patches, provider = given.pop("inductor", {}), given.pop("provider", None)
+        if not isinstance(patches, Mapping):
+            raise ConfigError(f"inductor must be a mapping of Inductor's options for backend 'paro', got {patches!r}")
+        if provider is not None and not isinstance(provider, str):
+            raise ConfigError(f"provider must be a provider's name for backend 'paro', got {provider!r}")
+        inductor = {**(modes[mode] if mode else {}), **patches}
         fitting = {name: given.pop(name) for name in ("steps", "seed") if name in given}
         calibration = CalibrationConfig(recipe="data-free", **fitting)
         return cls(ParoConfig(**given, calibration=calibration), provider, inductor)
@@ -153,7 +157,8 @@ def _lower(
     gm: GraphModule, *, config: ParoConfig, provider: str | None, embeddings: tuple[Tensor, ...]
 ) -> GraphModule | None:
     """Run the passes on a Dynamo graph whose parameters are bound; None if it holds nothing to lower."""
-    with torch.no_grad():
+    # Fits and packed tensors are the same under autocast.
+    with torch.no_grad(), torch._C._DisableAutocast():
         Normalize().run(gm)
         if stage_of(gm) is Stage.FLOAT:
             insert = Pipeline([InsertTransforms(config, embeddings=embeddings)])

@@ -30,6 +30,8 @@ from parofx.passes.derived import _cache as derived_tensors
 
 #: Compiled against eager in fp32: other orders of summation.
 FP32 = 1e-5
+#: Activations and products rounded to bf16, 2⁻⁸ each.
+BF16 = 1e-2
 #: What four bits may cost these networks.
 FOUR_BITS = 0.15
 OPTIONS = {"steps": 2}
@@ -406,6 +408,95 @@ def test_a_float_model_beside_a_quantized_one_is_converted(spy, caplog):
     assert "fitting 3 linears" in float_lines(caplog)[0]
 
 
+def test_attention_that_is_one_call_is_listed(spy, caplog):
+    """`nn.MultiheadAttention` is one call for Dynamo: its linears stay float, and the log says so."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend = nn.MultiheadAttention(64, 2, batch_first=True)
+            self.out = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.out(self.attend(x, x, x, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    model = Attention().eval()
+    caplog.set_level(logging.DEBUG, logger="parofx")
+    assert relative_error(quietly(compiled(model), inputs(2, 5, 64)), quietly(model, inputs(2, 5, 64))) < FOUR_BITS
+    assert "fitting 1 linears" in float_lines(caplog)[0]
+    for name in ("attend.in_proj_weight", "attend.out_proj"):
+        lines = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+        assert any("inside one call of multi_head_attention_forward" in line for line in lines)
+
+
+# --- autocast -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["kernels", "no compiler"])
+def kernels(request, monkeypatch) -> str:
+    """Let the native kernels be there or not."""
+    if request.param == "no compiler":
+        monkeypatch.setattr("parofx.cpu_ops.is_available", lambda: False)
+        monkeypatch.setattr("parofx.cpu_ops.why_unavailable", lambda: "there is no compiler")
+    return request.param
+
+
+@pytest.mark.parametrize("make", [net, paro_net])
+def test_autocast_gives_the_dtype_of_a_float_model(make, kernels, spy):
+    """Regression: linears kept fp32, and a provider was chosen for the dtype that a float linear would have had."""
+    model, plain = make(), net()
+    linears = nn.Sequential(model.left, nn.ReLU(), model.down).eval()
+    expected = quietly(linears, inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quietly(plain.left, inputs()).dtype == torch.bfloat16
+        eager, fast = quietly(linears, inputs()), quietly(compiled(linears), inputs())
+        whole = quietly(compiled(model), inputs())
+        assert whole.dtype == quietly(plain, inputs()).dtype == torch.bfloat16
+    assert eager.dtype == fast.dtype == torch.bfloat16
+    assert relative_error(eager, expected) < BF16
+    assert relative_error(fast, expected) < (FOUR_BITS if make is net else BF16)
+    # Linears that read one tensor still are one call: equal casts are one node.
+    assert sum(count for name, count in spy.operators().items() if "getitem" not in name) == 2
+
+
+@pytest.mark.parametrize("make", [net, paro_net])
+def test_autocast_around_a_part_of_the_model(make, kernels):
+    model = make()
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            h = model.left(x)
+        return h, model.down(h.float())
+
+    with torch.no_grad():
+        h, y = compiled(run)(inputs())
+        wanted = run(inputs())
+    assert (h.dtype, y.dtype) == (torch.bfloat16, torch.float32)
+    for one, other in zip((h, y), wanted, strict=True):
+        assert relative_error(one, other) < (FOUR_BITS if make is net else BF16)
+
+
+def test_autocast_leaves_double_alone():
+    model = paro_net().double()
+    x = inputs().double()
+    expected = quietly(model.left, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quietly(model.left, x), expected)
+        assert quietly(compiled(model.left), x).dtype == torch.float64
+
+
+def test_fits_are_the_same_under_autocast(spy):
+    x = inputs().bfloat16()
+    weights = []
+    for enabled in (False, True):
+        model = net().left.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            weights.append(quietly(compiled(model), x))
+        torch._dynamo.reset()
+    assert torch.equal(*weights)
+
+
 # --- sizes, grad modes, gradients -----------------------------------------------------------------------------------
 
 
@@ -528,9 +619,11 @@ def test_calls_in_training_mode_are_refused(spy):
         ({"options": {"group_size": 60}}, r"group_size must be one of \(128, 64, 32\), got 60"),
         ({"options": {"steps": -1}}, "steps must be an integer of at least 0, got -1"),
         ({"options": {"provider": "abacus"}}, r"provider must be one of \[.*'reference'.*\], got 'abacus'"),
+        ({"options": {"provider": 5}}, "provider must be a provider's name for backend 'paro', got 5"),
+        ({"options": {"inductor": 5}}, "inductor must be a mapping of Inductor's options for backend 'paro', got 5"),
         ({"mode": "fast", "options": None}, r"mode must be one of \['default', .*'reduce-overhead'\] .*got 'fast'"),
     ],
-    ids=["unknown", "group size", "steps", "provider", "mode"],
+    ids=["unknown", "group size", "steps", "provider", "provider type", "inductor", "mode"],
 )
 def test_wrong_options_are_refused(options, message, spy):
     with pytest.raises(BackendCompilerFailed, match=message):

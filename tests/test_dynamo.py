@@ -38,6 +38,7 @@ def _fresh_dynamo():
         ("torch.utils.weak", "WeakIdKeyDictionary"),
         ("torch.utils._pytree", "tree_leaves"),
         ("torch._C", "_set_grad_enabled"),
+        ("torch._C", "_DisableAutocast"),
     ],
 )
 def test_private_names_exist(module, name):

@@ -58,8 +58,8 @@ def test_the_output_head_is_what_a_module_on_the_way_names():
             return self.last
 
     model = Named()
-    weights = {0: model.last.weight, 1: model.body.weight, 2: model.last.weight}
-    modules = {0: [model.last, model], 1: [model.body, model], 2: [model.last]}
+    weights = {0: model.last.weight, 1: model.body.weight}
+    modules = {0: [model.last, model], 1: [model.body, model]}
     assert kept_float.float_reasons(weights, modules) == {0: FloatReason.OUTPUT_HEAD}
 
 

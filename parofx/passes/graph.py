@@ -15,6 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 LINEAR = torch.ops.aten.linear.default
 #: A weight stored as `(K, N)` is read through this node.
 TRANSPOSE = torch.ops.aten.t.default
+#: The cast of a linear's input under autocast.
+CAST = torch.ops.aten.to.dtype
 ROTATE = torch.ops.parofx.rotate.default
 FAKE_QUANTIZE = torch.ops.parofx.fake_quantize.default
 INT4_LINEAR = torch.ops.parofx.int4_linear.default

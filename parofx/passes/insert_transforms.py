@@ -23,6 +23,7 @@ from parofx.passes.linears import (
     LinearUnit,
     Selection,
     choose_group_sizes,
+    find_attention_weights,
     find_embeddings,
     find_units,
     find_weight_stacks,
@@ -75,6 +76,8 @@ class InsertTransforms:
         embeddings = (*find_embeddings(gm), *self.embeddings)
         selection = Selection(self.config, blocks, embeddings, self.output_heads, self.replace_modules)
         kept = [FloatLinear(name, FloatReason.WEIGHT_NOT_MATRIX) for name in find_weight_stacks(gm)]
+        inside = "it is inside one call of multi_head_attention_forward"
+        kept += [FloatLinear(name, FloatReason.FUNCTIONAL, inside) for name in find_attention_weights(gm)]
         chosen = []
         for unit in find_units(gm):
             reason = selection.why_not(unit)

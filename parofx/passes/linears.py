@@ -121,6 +121,14 @@ def find_weight_stacks(gm: GraphModule) -> list[str]:
     return list(names)
 
 
+def find_attention_weights(gm: GraphModule) -> list[str]:
+    """Return the names of matrices that one opaque attention call reads; Dynamo does not look inside it."""
+    calls = nodes_calling(gm.graph, torch.nn.functional.multi_head_attention_forward)
+    bound = [binding(argument) for call in calls for argument in call.all_input_nodes]
+    units = [LinearUnit(one, transposed=False) for one in bound if one is not None and one.tensor.dim() == 2]
+    return list(dict.fromkeys(unit.name for unit in units))
+
+
 @dataclass(frozen=True)
 class Selection:
     """Decides which units stay float; pure, so that its answer can be asked before anything changes.
