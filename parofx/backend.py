@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from parofx import kept_float
 from parofx.compiled_graph import CompiledGraph, copy_graph
-from parofx.config import CalibrationConfig, ParoConfig
+from parofx.config import ACTIVATIONS, Activations, CalibrationConfig, ParoConfig
 from parofx.dynamo import Owner, bind_parameters, guard_attribute, owners, placeholders
 from parofx.errors import ConfigError, LoweringError
 from parofx.passes.base import Stage, stage_of
@@ -45,16 +45,18 @@ from parofx.training import training_calls, training_modules
 logger = logging.getLogger("parofx")
 
 _CONFIG_OPTIONS = (
-    "bits", "group_size", "krot", "modules_to_not_convert", "share_siblings", "mixed_group_size", "steps", "seed",
+    "bits", "group_size", "krot", "modules_to_not_convert", "share_siblings", "lm_head", "mixed_group_size", "steps",
+    "seed",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What `options={...}` may hold: fields of `ParoConfig` for float models, `provider`, Inductor's own options."""
+    """What `options={...}` may hold: fields of `ParoConfig` for float models, and what steers the lowering."""
 
     config: ParoConfig = field(default_factory=ParoConfig)
     provider: str | None = None
+    activations: Activations = "float"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -65,7 +67,7 @@ class BackendOptions:
             ConfigError: for an unknown option, listing the accepted ones, or a wrong value.
         """
         given = dict(options or {})
-        accepted = (*_CONFIG_OPTIONS, "provider", "inductor")
+        accepted = (*_CONFIG_OPTIONS, "provider", "activations", "inductor")
         unknown = sorted(set(given) - set(accepted))
         if unknown:
             raise ConfigError(f"unknown options {unknown} for backend 'paro'; accepted are {list(accepted)}")
@@ -78,9 +80,12 @@ class BackendOptions:
         if provider is not None and not isinstance(provider, str):
             raise ConfigError(f"provider must be a provider's name for backend 'paro', got {provider!r}")
         inductor = {**(modes[mode] if mode else {}), **patches}
+        activations = given.pop("activations", "float")
+        if activations not in ACTIVATIONS:
+            raise ConfigError(f"activations must be one of {ACTIVATIONS} for backend 'paro', got {activations!r}")
         fitting = {name: given.pop(name) for name in ("steps", "seed") if name in given}
         calibration = CalibrationConfig(recipe="data-free", **fitting)
-        return cls(ParoConfig(**given, calibration=calibration), provider, inductor)
+        return cls(ParoConfig(**given, calibration=calibration), provider, activations, inductor)
 
 
 def paro(
@@ -113,6 +118,7 @@ def paro(
     lower = partial(
         _lower,
         config=settings.config,
+        activations=settings.activations,
         provider="reference" if differentiable else settings.provider,
         embeddings=kept_float.embedding_tables({id(way[-1]): way[-1] for way in modules.values() if way}.values()),
     )
@@ -154,7 +160,12 @@ def _keep_float(gm: GraphModule, ways: Mapping[int, tuple[Owner, ...]], reasons:
 
 
 def _lower(
-    gm: GraphModule, *, config: ParoConfig, provider: str | None, embeddings: tuple[Tensor, ...]
+    gm: GraphModule,
+    *,
+    config: ParoConfig,
+    provider: str | None,
+    activations: Activations,
+    embeddings: tuple[Tensor, ...],
 ) -> GraphModule | None:
     """Run the passes on a Dynamo graph whose parameters are bound; None if it holds nothing to lower."""
     # Fits and packed tensors are the same under autocast.
@@ -167,7 +178,7 @@ def _lower(
                 return None
             _announce(gm)
             Pipeline([Calibrate(config, reuse=True), Convert(reuse=True)]).run(gm)
-        return Pipeline([MergeSiblings(), Lower(provider=provider)]).run(gm)
+        return Pipeline([MergeSiblings(), Lower(provider=provider, activations=activations)]).run(gm)
 
 
 #: Float weights the user was told of: prefill, decode and refreshed graphs do not say it again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -13,6 +14,8 @@ from parofx.errors import ConfigError, one_per_line
 QUANTIZER_BITS = (2, 3, 4, 8)
 #: Bit widths the checkpoint format and the kernels store.
 PACKED_BITS = (4,)
+#: Bit widths of a quantized output head.
+HEAD_BITS = (4,)
 #: Smaller group sizes tried, in this order, when the asked one does not divide every layer.
 FALLBACK_GROUP_SIZES = (64, 32)
 #: A linear whose `in_features` this does not divide never becomes a quantized one.
@@ -20,6 +23,9 @@ SMALLEST_GROUP_SIZE = 32
 
 Recipe = Literal["fast", "data-free"]
 PairMethod = Literal["matching", "greedy"]
+#: What a lowered linear multiplies: rotated activations as they are, or quantized to int8 per (row, group).
+Activations = Literal["float", "int8"]
+ACTIVATIONS: tuple[Activations, ...] = ("float", "int8")
 _RECIPES = ("fast", "data-free")
 _PAIR_METHODS = ("matching", "greedy")
 
@@ -70,10 +76,14 @@ class CalibrationConfig:
             problems += _check_int(name, getattr(self, name), least)
         problems += _check_int("seed", self.seed, 0)
         problems += _check_bool("resume", self.resume)
-        if not isinstance(self.learning_rate, (int, float)) or not 0 < self.learning_rate < 10:
+        if isinstance(self.work_dir, os.PathLike):
+            object.__setattr__(self, "work_dir", os.fspath(self.work_dir))
+        if self.work_dir is not None and not isinstance(self.work_dir, str):
+            problems.append(f"work_dir must be a path, got {self.work_dir!r}")
+        if not _is_number(self.learning_rate) or not 0 < self.learning_rate < 10:
             problems.append(f"learning_rate must be in (0, 10), got {self.learning_rate!r}")
         ratios = tuple(self.clip_ratios) if isinstance(self.clip_ratios, Iterable) else ()
-        if not ratios or any(not isinstance(ratio, (int, float)) or not 0 < ratio <= 1 for ratio in ratios):
+        if not ratios or any(not _is_number(ratio) or not 0 < ratio <= 1 for ratio in ratios):
             problems.append(f"clip_ratios must hold numbers in (0, 1], got {self.clip_ratios!r}")
         else:
             object.__setattr__(self, "clip_ratios", tuple(float(ratio) for ratio in ratios))
@@ -101,7 +111,8 @@ class ParoConfig:
         krot: rotation rounds; 0 leaves only the channel scales.
         modules_to_not_convert: module names or glob patterns (`"model.layers.0.*"`) left float.
         share_siblings: one transform for all linears of a block that read the same tensor.
-        lm_head: `"float"` leaves the output head as it is.
+        lm_head: "float" leaves the output head as it is, 4 quantizes it. An embedding table that it is tied to stays
+            float and is stored beside it.
         mixed_group_size: choose the group size per layer.
         calibration: how the transforms are fitted.
     """
@@ -111,19 +122,21 @@ class ParoConfig:
     krot: int = 8
     modules_to_not_convert: tuple[str, ...] = ()
     share_siblings: bool = True
-    lm_head: Literal["float"] = "float"
+    lm_head: Literal["float", 4] = "float"
     mixed_group_size: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
         problems = []
         names = self.modules_to_not_convert
-        if isinstance(names, str):
-            problems.append(f"modules_to_not_convert must be a sequence of names, got the string {names!r}")
-        elif names and not all(isinstance(name, str) for name in names):
+        names = () if names is None else names
+        if isinstance(names, str) or not isinstance(names, Iterable):
             problems.append(f"modules_to_not_convert must be a sequence of names, got {names!r}")
         else:
-            object.__setattr__(self, "modules_to_not_convert", tuple(names or ()))
+            names = tuple(names)
+            if not all(isinstance(name, str) for name in names):
+                problems.append(f"modules_to_not_convert must be a sequence of names, got {names!r}")
+            object.__setattr__(self, "modules_to_not_convert", names)
         if not isinstance(self.bits, int) or self.bits not in PACKED_BITS:
             problems.append(
                 f"bits must be one of {PACKED_BITS}, got {self.bits!r}: the checkpoint format and the kernels know "
@@ -134,8 +147,8 @@ class ParoConfig:
         problems += _check_int("krot", self.krot, 0)
         problems += _check_bool("share_siblings", self.share_siblings)
         problems += _check_bool("mixed_group_size", self.mixed_group_size)
-        if self.lm_head != "float":
-            problems.append(f"lm_head must be 'float', got {self.lm_head!r}")
+        if self.lm_head not in ("float", *HEAD_BITS) or isinstance(self.lm_head, (bool, float)):
+            problems.append(f"lm_head must be one of {('float', *HEAD_BITS)}, got {self.lm_head!r}")
         if not isinstance(self.calibration, CalibrationConfig):
             problems.append(f"calibration must be a CalibrationConfig, got {type(self.calibration).__name__}")
         _raise_if(problems, "ParoConfig")
@@ -161,6 +174,10 @@ def _check_int(name: str, value: object, least: int) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         return [f"{name} must be an integer of at least {least}, got {value!r}"]
     return []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_bool(name: str, value: object) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,10 +121,10 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
             quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, IndexError, ImportError, struct.error) as error:
         raise CheckpointError(
-            f"could not load {path}: {type(error).__name__}: {error}. Reading GGUF needs a model family that "
-            "transformers converts, and the packages gguf and accelerate: pip install 'parofx[transformers]'"
+            f"could not load {path}: {type(error).__name__}: {error}. Is the file whole? Reading GGUF needs a model "
+            "family that transformers converts, and gguf and accelerate: pip install 'parofx[transformers]'"
         ) from error
     return LoadedModel(model.eval(), tokenizer)
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parofx import kernel_layouts, packing, rotation, tensor_values
+from parofx import kernel_layouts, linear_tensors, packing, rotation
 from parofx import ops as _ops  # noqa: F401  (registers torch.ops.parofx)
 from parofx.cpu_ops import packed_linear as _packed_linear  # noqa: F401  (registers its layout)
 from parofx.errors import ShapeError
+from parofx.linear_tensors import ROTATION_NAMES, TENSOR_NAMES, check_tensors, tensor_specs
 
-#: The tensors of a quantized module, in checkpoint order; `bias` may follow.
-TENSOR_NAMES = ("qweight", "qzeros", "scales", "theta", "pairs", "channel_scales")
-#: The tensors that siblings sharing one transform hold in common.
-ROTATION_NAMES = ("theta", "pairs", "channel_scales")
+__all__ = ["CHECKPOINT", "ROTATION_NAMES", "TENSOR_NAMES", "ParoLinear", "check_tensors", "tensor_specs"]
+
+
 #: The layout that is no kernel's.
 CHECKPOINT = "checkpoint"
 
@@ -269,12 +269,13 @@ class ParoLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         with _lock:
-            held, layout = self._buffers, self.layout
+            layout = self.layout
+            held: dict[str, Any] = self._buffers
             assign = local_metadata.get("assign_to_params_buffers", False)
             self.unpack_()
             tensors = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
             given = {name: state_dict.get(prefix + name) for name in tensors}
-            problems = tensor_values.why_not_loadable(
+            problems = linear_tensors.why_not_loadable(
                 tensors, given, self.group_size, prefix.rstrip(".") or "ParoLinear"
             )
             if problems:
@@ -302,49 +303,3 @@ def _moved(fn: Callable[..., Any], buffer: Tensor) -> Tensor:
     moved: Tensor = fn(shown)
     # A tensor that stays is the same object, which siblings may share.
     return buffer if moved is shown else moved.view(buffer.dtype)
-
-
-def tensor_specs(
-    in_features: int, out_features: int, group_size: int, krot: int, *, bias: bool
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return name → (dtype, shape) of the checkpoint tensors of one linear."""
-    groups, words = in_features // group_size, out_features // packing.CODES_PER_WORD
-    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "qweight": (torch.int32, (in_features, words)),
-        "qzeros": (torch.int32, (groups, words)),
-        "scales": (torch.float16, (groups, out_features)),
-        "theta": (torch.float16, (krot, in_features // 2)),
-        "pairs": (torch.int16, (krot, in_features)),
-        "channel_scales": (torch.float16, (1, in_features)),
-    }
-    if bias:
-        specs["bias"] = (torch.float16, (out_features,))
-    return specs
-
-
-def check_tensors(tensors: Mapping[str, Tensor], where: str = "ParoLinear") -> None:
-    """Check names, dtypes and shapes of the checkpoint tensors of one linear, against one another.
-
-    Raises:
-        ShapeError: listing every problem.
-    """
-    missing = [name for name in TENSOR_NAMES if name not in tensors]
-    unexpected = sorted(set(tensors) - {*TENSOR_NAMES, "bias"})
-    if missing or unexpected:
-        raise ShapeError(f"{where}: expected {[*TENSOR_NAMES, '[bias]']}, missing {missing}, unexpected {unexpected}")
-    packing.check_packed_shapes(tensors["qweight"], tensors["qzeros"], tensors["scales"])
-    groups, out_features = tensors["scales"].shape
-    in_features, krot = tensors["qweight"].shape[0], tensors["pairs"].shape[0]
-    group_size = in_features // groups
-    if group_size % 2 or group_size < 2:
-        raise ShapeError(f"{where}: group_size (rows of qweight over rows of scales) must be even, got {group_size}")
-    specs = tensor_specs(in_features, out_features, group_size, krot, bias="bias" in tensors)
-    for name, (dtype, shape) in specs.items():
-        found = tensors[name]
-        if found.dtype != dtype or tuple(found.shape) != shape:
-            raise ShapeError(
-                f"{where}.{name}: expected {dtype} {shape}, got {found.dtype} {tuple(found.shape)} "
-                f"(in_features {in_features}, out_features {out_features}, group_size {group_size}, krot {krot})"
-            )
-    if not tensors["pairs"].is_meta:
-        rotation.check_pairs(tensors["pairs"], group_size, f"{where}.pairs")

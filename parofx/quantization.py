@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import resource
 import sys
 import time
@@ -16,16 +17,21 @@ from torch.fx import GraphModule
 from parofx import integrations, kept_float
 from parofx.calibration.data import batches as read_batches
 from parofx.config import ParoConfig
-from parofx.errors import CaptureError, ConfigError
+from parofx.errors import CaptureError, ConfigError, one_per_line
 from parofx.nn import ParoLinear
 from parofx.passes.calibrate import Calibrate, reports_of
 from parofx.passes.capture import capture, complete_inputs
 from parofx.passes.convert import Convert
 from parofx.passes.graph import INT4_LINEAR, binding, get_attribute, nodes_calling
 from parofx.passes.insert_transforms import InsertTransforms
+from parofx.passes.linears import matches
 from parofx.pipeline import Pipeline
 from parofx.report import FloatLinear, FloatReason, LinearReport, QuantizationReport
 
+logger = logging.getLogger(__name__)
+
+#: A linear with a larger relative error than this is as good as gone.
+_LOST = 0.5
 #: What `register_forward_hook` and `register_forward_pre_hook` write to.
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -99,7 +105,23 @@ def quantize(
     for module in modules.values():
         module.pack_()
     _write_back(model, modules)
+    _warn(model, report)
     return report
+
+
+def _warn(model: nn.Module, report: QuantizationReport) -> None:
+    """Say what is legal and still hardly meant."""
+    names = [*(name for name, _ in model.named_modules()), *(one.name for one in report.kept_float)]
+    for pattern in report.config.modules_to_not_convert:
+        if not any(matches(name, pattern) for name in names):
+            logger.warning("modules_to_not_convert: no module matches %r", pattern)
+    lost = [linear.name for linear in report.linears if not linear.relative_error < _LOST]
+    if lost:
+        logger.warning(
+            "4 bits lose more than half of what these linears compute; their weights may be too small for scales in "
+            "fp16. Leave them float with modules_to_not_convert, or rescale them:\n%s",
+            one_per_line(lost),
+        )
 
 
 def _batches(model: nn.Module, config: ParoConfig, calibration: object, tokenizer: Any) -> list[dict[str, Any]]:

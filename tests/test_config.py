@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -65,6 +66,7 @@ def test_configs_are_frozen_and_hashable():
 def test_sequences_become_tuples():
     assert ParoConfig(modules_to_not_convert=["a", "b"]).modules_to_not_convert == ("a", "b")
     assert ParoConfig(modules_to_not_convert=None).modules_to_not_convert == ()
+    assert CalibrationConfig(work_dir=Path("a") / "b").work_dir == str(Path("a/b"))
     assert CalibrationConfig(clip_ratios=[1, 0.5]).clip_ratios == (1.0, 0.5)
 
 
@@ -79,9 +81,12 @@ def test_sequences_become_tuples():
         ({"krot": -1}, "krot must be an integer of at least 0, got -1"),
         ({"krot": 8.0}, "krot must be an integer of at least 0, got 8.0"),
         ({"krot": True}, "krot must be an integer of at least 0, got True"),
-        ({"modules_to_not_convert": "lm_head"}, "must be a sequence of names, got the string 'lm_head'"),
+        ({"modules_to_not_convert": "lm_head"}, "must be a sequence of names, got 'lm_head'"),
+        ({"modules_to_not_convert": 5}, "must be a sequence of names, got 5"),
         ({"modules_to_not_convert": (1,)}, r"must be a sequence of names, got \(1,\)"),
-        ({"lm_head": "int4"}, "lm_head must be 'float', got 'int4'"),
+        ({"lm_head": "int4"}, r"lm_head must be one of \('float', 4\), got 'int4'"),
+        ({"lm_head": 8}, r"lm_head must be one of \('float', 4\), got 8"),
+        ({"lm_head": 4.0}, r"lm_head must be one of \('float', 4\), got 4.0"),
         ({"calibration": {"steps": 1}}, "calibration must be a CalibrationConfig, got dict"),
         ({"share_siblings": "no"}, "share_siblings must be True or False, got 'no'"),
         ({"mixed_group_size": 1}, "mixed_group_size must be True or False, got 1"),
@@ -106,6 +111,9 @@ def test_paro_config_refuses(options, message):
         ({"learning_rate": 0.0}, r"learning_rate must be in \(0, 10\), got 0.0"),
         ({"learning_rate": float("nan")}, r"learning_rate must be in \(0, 10\), got nan"),
         ({"learning_rate": "fast"}, r"learning_rate must be in \(0, 10\), got 'fast'"),
+        ({"clip_ratios": (True,)}, r"clip_ratios must hold numbers in \(0, 1\], got \(True,\)"),
+        ({"learning_rate": True}, r"learning_rate must be in \(0, 10\), got True"),
+        ({"work_dir": 5}, "work_dir must be a path, got 5"),
         ({"clip_ratios": ()}, r"clip_ratios must hold numbers in \(0, 1\], got \(\)"),
         ({"clip_ratios": (1.5,)}, r"clip_ratios must hold numbers in \(0, 1\], got \(1.5,\)"),
         ({"clip_ratios": ("tight",)}, r"clip_ratios must hold numbers in \(0, 1\], got \('tight',\)"),

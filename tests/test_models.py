@@ -94,9 +94,10 @@ def test_a_missing_gguf_file_is_named(tmp_path: Path) -> None:
         load_model(tmp_path / "none.gguf")
 
 
-def test_a_broken_gguf_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rest", [bytes(60), b"xx"])
+def test_a_broken_gguf_file_is_named(tmp_path: Path, rest: bytes) -> None:
     pytest.importorskip("gguf")
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + rest)
     with pytest.raises(CheckpointError, match=r"could not load .*broken\.gguf"):
         load_model(tmp_path / "broken.gguf")
 

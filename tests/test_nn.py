@@ -234,7 +234,7 @@ def test_siblings_load_one_rotation_and_hold_it_once(packed):
         ("pairs", (1, 3), 1, r"k.pairs: round 1, group 0 must be a permutation of 0..31"),
         ("scales", (0, 2), torch.inf, r"k.scales: must be finite, got 1 values that are not"),
         ("theta", (0, 0), 1e6, r"k.theta: must be finite, got 1 values that are not"),
-        ("channel_scales", (0, 4), 1e-12, r"k.channel_scales: must not be 0, got 1 channels that are"),
+        ("channel_scales", (0, 4), 1e-12, r"k.channel_scales: weights are divided by them, got 1 zeros"),
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -586,3 +587,25 @@ def test_peak_memory_is_bounded():
     activations = 2 * 16 * 128 * 512 * 4
     assert peak < 3 * size + activations
     assert reported <= peak
+
+
+# --- warnings -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_that_matches_nothing_is_told(caplog):
+    config = replace(CONFIG, modules_to_not_convert=("left", "no_such.*"))
+    assert len(quantize(net(), config, example_inputs=inputs()).linears) == 2
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "modules_to_not_convert: no module matches 'no_such.*'"
+    ]
+
+
+def test_weights_that_the_grid_cannot_hold_are_told(caplog):
+    model = net()
+    with torch.no_grad():
+        model.left.weight.mul_(1e-20)
+    report = quantize(model, example_inputs=inputs())
+    assert next(linear for linear in report.linears if linear.name == "left").relative_error == pytest.approx(1)
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert message.startswith("4 bits lose more than half of what these linears compute")
+    assert message.endswith("- left")

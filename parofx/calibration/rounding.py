@@ -93,8 +93,12 @@ def relative_error(w_rot: Tensor, w_hat: Tensor, block_gram: Tensor | None) -> f
     group_size = w_rot.shape[1] if block_gram is None else block_gram.shape[-1]
     _check_block_gram(block_gram, w_rot.shape[1], group_size)
     error = energy = 0.0
+    # Squares of very small or very large weights would leave the range of fp32.
+    largest = float(w_rot.abs().max()) if w_rot.numel() else 0.0
+    unit = largest or 1.0
     for chunk in _row_chunks(w_rot):
-        rows, delta = w_rot[chunk].float(), w_hat[chunk].float() - w_rot[chunk].float()
+        rows = w_rot[chunk].float() / unit
+        delta = w_hat[chunk].float() / unit - rows
         error += _squared_error(grouped(delta, group_size), block_gram).double().sum().item()
         energy += _squared_error(grouped(rows, group_size), block_gram).double().sum().item()
     return error / energy if energy > 0 else 0.0

@@ -41,6 +41,8 @@ def load_texts(source: str | Path, *, split: str = "train") -> Iterator[Document
     Raises:
         DataError: if nothing is there, or a row holds no document; the message says where.
     """
+    if not str(source).strip():
+        raise DataError("a source must be a file, a folder or a dataset id, got an empty name")
     path = Path(source).expanduser()
     if path.is_dir():
         return _load_folder(path)
@@ -85,13 +87,13 @@ def _load_plain(path: Path) -> Iterator[Document]:
 
 
 def _load_jsonl(path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # no UTF-8, or no JSON
                 raise DataError(f"{path}, line {number}: expected one JSON object a line, got {error}") from error
             yield _document(row, f"{path}, line {number}")
 
@@ -102,7 +104,11 @@ def _load_parquet(path: Path) -> Iterator[Document]:
     except ImportError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'parofx[transformers]'") from error
     number = 0
-    with parquet.ParquetFile(path) as file:
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are both
+        raise DataError(f"{path} is truncated or not a Parquet file: {error}") from error
+    with file:
         columns = [name for name in DOCUMENT_FIELDS if name in file.schema_arrow.names]
         if not columns:
             raise DataError(f"{path}: expected a column of {DOCUMENT_FIELDS}, got {file.schema_arrow.names}")

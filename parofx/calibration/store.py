@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from parofx.calibration.fitting import FittedTransform
 from parofx.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 
@@ -32,28 +36,43 @@ class CalibrationStore:
         folder: created if missing.
         fingerprint: identifies options, weights and data; results of another fingerprint are not used.
         resume: use what is there; otherwise start over.
+
+    Raises:
+        DataError: if the folder cannot be made, or holds other files than those of a run.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str, *, resume: bool) -> None:
         self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"work_dir must be a folder that can be written to, got {folder}: {error}") from error
         header = {"format": _FORMAT, "fingerprint": fingerprint}
         found = self._read_header()
         if not resume or found != header:
+            if resume and found is not None:
+                logger.warning(
+                    "%s holds a run with other options, weights or data: starting over in its place", self._folder
+                )
             self._clear()
             _write_atomically(self._folder / "run.json", json.dumps(header).encode())
 
     def finished(self) -> int:
-        """Return how many segments are finished, counted from the first; only those with a border on disk count."""
+        """Return how many segments are finished, counted from the first; only those with a border on disk count.
+
+        Raises:
+            DataError: if the folder is damaged; so do the methods that load.
+        """
         border = self._folder / "border.safetensors"
         if not border.exists():
             return 0
-        with safe_open(str(border), framework="pt") as file:
+        with _opened(border) as file:
             return int(json.loads(file.metadata()["values"])["segment"]) + 1
 
     def load_segment(self, index: int) -> dict[str, Tensor]:
         """Return the fitted tensors of a finished segment."""
-        return _load(self._segment(index))
+        with _opened(self._segment(index)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def save_segment(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a finished segment's fitted tensors; it counts once a border at or behind it is written."""
@@ -74,13 +93,12 @@ class CalibrationStore:
 
     def load_borders(self) -> list[dict[str, Any]]:
         """Return the values behind the last finished segment, per batch, on the devices they were on."""
-        path = self._folder / "border.safetensors"
-        with safe_open(str(path), framework="pt") as file:
+        with _opened(self._folder / "border.safetensors") as file:
             values = json.loads(file.metadata()["values"])
-        borders: list[dict[str, Any]] = values["plain"]
-        for key, tensor in _load(path).items():
-            batch, _, name = key.partition("/")
-            borders[int(batch)][name] = tensor.to(values["devices"][key])
+            borders: list[dict[str, Any]] = values["plain"]
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                batch, _, name = key.partition("/")
+                borders[int(batch)][name] = file.get_tensor(key).to(values["devices"][key])
         return borders
 
     def _segment(self, index: int) -> Path:
@@ -164,9 +182,15 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -
     os.replace(temporary, path)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    with safe_open(str(path), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"work_dir {path.parent} is damaged ({path.name}: {error}): delete it, or start over with resume=False"
+        ) from error
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -65,7 +65,10 @@ class BlockStream:
             runner = _Recorder(module, record, self._masks[index])
             with torch.no_grad():
                 border[node.name] = runner.run(*(self._value(source, border) for source in node.args))
-            self._advance(start + 1, border)
+            if segment == self.segments[-1]:
+                border.clear()  # it gave nothing back, and no segment is left to read the rest
+            else:
+                self._advance(start + 1, border)
             yield index
 
     def _value(self, source: Any, border: Border) -> Any:

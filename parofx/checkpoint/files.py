@@ -111,7 +111,7 @@ def open_folder(folder: Path) -> Shards:
             )
         return open_shards([folder / WEIGHTS_FILE])
     weight_map = read_json(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index_file} must hold a 'weight_map' from tensor names to files")
     shards = open_shards([folder / name for name in dict.fromkeys(weight_map.values())])
     problems = [

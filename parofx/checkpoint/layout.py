@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parofx import linear_tensors
 from parofx import nn as paro_nn
-from parofx import tensor_values
 from parofx.config import PACKED_BITS
 from parofx.errors import CheckpointError, ShapeError, one_per_line
 from parofx.nn import ParoLinear
@@ -123,6 +123,8 @@ def why_not_readable(config: object) -> list[str]:
         return [f"quant_method must be {QUANT_METHOD!r}, got {config.get('quant_method')!r}"]
     if config.get("bits", PACKED_BITS[0]) not in PACKED_BITS:
         return [f"bits must be one of {PACKED_BITS}, got {config['bits']!r}"]
+    if not isinstance(config.get("group_sizes", {}), Mapping):
+        return [f"group_sizes must map module names to group sizes, got {config['group_sizes']!r}"]
     return []
 
 
@@ -151,11 +153,11 @@ def why_not_quantized(quantized: Quantized, config: Mapping[str, Any]) -> list[s
 
 
 def why_not_valid(quantized: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-    """Return which loaded values cannot be; see `tensor_values.why_not_valid`."""
+    """Return which loaded values cannot be; see `linear_tensors.why_not_valid`."""
     problems = []
     for name, tensors in quantized.items():
         group_size = tensors["qweight"].shape[0] // tensors["scales"].shape[0]
-        problems += tensor_values.why_not_valid(tensors, group_size, name)
+        problems += linear_tensors.why_not_valid(tensors, group_size, name)
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -34,8 +35,24 @@ Device = Annotated[DeviceName, typer.Option(help="Where to run; auto takes a CUD
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that the model's repository brings.")
 ]
+
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before the work rather than after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.absolute().parent}")
+    return path
+
+
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Also write the result to this file.", dir_okay=False, writable=True)
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Also write the result to this file.",
+        dir_okay=False,
+        writable=True,
+        callback=_in_a_folder,
+    ),
 ]
 
 
@@ -63,6 +80,13 @@ def load(
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return LoadedModel(loaded.model.to(device), loaded.tokenizer)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def size(count: float) -> str:

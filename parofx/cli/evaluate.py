@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +17,7 @@ from parofx.cli.common import (
     TrustRemoteCode,
     console,
     load,
+    write_json,
 )
 from parofx.errors import DataError
 
@@ -84,7 +84,7 @@ def evaluate(
     table.add_row("seconds", f"{result.seconds:.1f}")
     console.print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps({"model": model, "reference": reference, "text": text} | result.to_dict()))
+        write_json(json_file, {"model": model, "reference": reference, "text": text} | result.to_dict())
 
 
 def _with_error(value: float, error: float | None) -> str:

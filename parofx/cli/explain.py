@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from parofx.cli.common import Device, Dtype, JsonFile, Offline, Revision, Source, TrustRemoteCode, console, load
+from parofx.cli.common import (
+    Device,
+    Dtype,
+    JsonFile,
+    Offline,
+    Revision,
+    Source,
+    TrustRemoteCode,
+    console,
+    load,
+    write_json,
+)
 
 
 def explain(
@@ -43,4 +53,4 @@ def explain(
     actions = Counter(row.action for row in rows)
     console.print(", ".join(f"{count} {action}" for action, count in actions.items()), highlight=False)
     if json_file is not None:
-        json_file.write_text(json.dumps([row._asdict() for row in rows], indent=1))
+        write_json(json_file, [row._asdict() for row in rows])

@@ -53,6 +53,8 @@ def generate(
     generate_tokens: Any = loaded.model.generate
     for text in prompt:
         inputs = encode_prompt(text, loaded.tokenizer, chat=chat).to(loaded.model.device)
+        if not inputs["input_ids"].numel():
+            raise DataError(f"the prompt {text!r} holds no token: give some text, or a model that starts with one")
         started = time.perf_counter()
         output = generate_tokens(**inputs, **options)
         seconds = time.perf_counter() - started

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from parofx.cli.common import JsonFile, console, size
+from parofx.cli.common import JsonFile, console, size, write_json
 from parofx.cli.quantize import REPORT_FILE
 from parofx.config import PACKED_BITS
 from parofx.errors import CheckpointError, one_per_line
@@ -83,7 +82,7 @@ def inspect(
         highlight=False,
     )
     if json_file is not None:
-        json_file.write_text(json.dumps(asdict(summary) | {"bits_per_weight": summary.bits_per_weight}))
+        write_json(json_file, asdict(summary) | {"bits_per_weight": summary.bits_per_weight})
 
 
 def summarize(folder: Path) -> Summary:

@@ -59,6 +59,8 @@ def build_config(file: Path | None, given: Mapping[str, Any]) -> ParoConfig:
     nested = {item.name for item in dataclasses.fields(CalibrationConfig)}
     calibration = base.pop(_NESTED, {}) | {name: value for name, value in given.items() if name in nested}
     outer = base | {name: value for name, value in given.items() if name not in nested}
+    if str(outer.get("lm_head", "")).isdigit():
+        outer["lm_head"] = int(outer["lm_head"])
     return ParoConfig.from_dict(outer | {_NESTED: calibration})
 
 
@@ -84,6 +86,9 @@ def _option_type(hint: Any) -> Any:
     """Return the option's type: a tuple is an option given several times, everything may be left out."""
     if typing.get_origin(hint) is tuple:
         return list[typing.get_args(hint)[0]] | None  # type: ignore[misc]
+    if typing.get_origin(hint) is typing.Literal:
+        # The command line knows strings only; `build_config` reads numbers among them.
+        return typing.Literal[tuple(map(str, typing.get_args(hint)))] | None
     return hint | None
 
 

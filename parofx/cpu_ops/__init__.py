@@ -1,17 +1,25 @@
 """The CPU provider: scale, rotate, int4 product and bias of linears that read one tensor, in one operator call.
 
 Importing this module is cheap; the kernels are compiled at the first `load()` or `is_available()` and then cached.
-The operator, registered by the loaded library, is
+The operators, registered by the loaded library, are
 
+    torch.ops.parofx_cpu.rotate_linear(
+        Tensor x, Tensor rotation, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias,
+        int bits, int group_size, int activation_mode) -> Tensor
     torch.ops.parofx_cpu.rotate_int4_linear(
         Tensor x, Tensor[] rotations, Tensor[] weights, Tensor[] scales, Tensor[] zeros, Tensor?[] biases,
         int group_size, int activation_mode) -> Tensor[]
 
 with `x (..., K)` in fp32, bf16 or fp16 and any strides; one output `(..., N_i)` per linear, contiguous, of x's dtype;
 `rotations` one for all linears or one for each, an empty tensor meaning none; `weights`, `scales`, `zeros` and
-`rotations` as `pack_weight` and `pack_rotation` return them; `activation_mode` 0 to multiply the activations as they
-are and 1 to quantize them to int8 per (row, group) after the rotation. It has no gradient: that is the business of
-`parofx::rotate_int4_linear`.
+`rotations` as `pack_weight` (`pack_byte_weight` for 8 bits) and `pack_rotation` return them; `activation_mode` 0 to
+multiply the activations as they are and 1 to quantize them to int8 per (row, group) after the rotation, which not every
+instruction set does for 8-bit weights. The first is for one linear of 4 or 8 bits, the second for siblings: lists take
+longer to pass than tensors. They have no gradient: that is the business of `parofx::rotate_int4_linear`.
+
+Where activations are multiplied "as they are", one row of bf16 and any number of rows of fp16 and fp32 are held as
+24-bit integers per (row, group) on the AVX512_BF16 and AMX paths: at most 2^-24 of the group's largest value is lost.
+More rows of bf16 are rounded to bf16 after the rotation.
 
 Environment: `CXX`, `PAROFX_CACHE`, and `PAROFX_CPU_ISA` = scalar | avx2 | avx512 | avx512_bf16 | amx, read at loading.
 """
@@ -26,6 +34,7 @@ from torch import Tensor
 
 from parofx.cpu_ops.build import BuildFailedError, BuildUnavailableError, build_library, cache_dir, find_compiler
 from parofx.cpu_ops.layout import pack_codes, pack_rotation, pack_weight, unpack_rotation, unpack_weight
+from parofx.cpu_ops.layout_bytes import pack_byte_codes, pack_byte_weight, unpack_byte_weight
 
 __all__ = [
     "BuildFailedError",
@@ -34,9 +43,12 @@ __all__ = [
     "describe",
     "is_available",
     "load",
+    "pack_byte_codes",
+    "pack_byte_weight",
     "pack_codes",
     "pack_rotation",
     "pack_weight",
+    "unpack_byte_weight",
     "unpack_rotation",
     "unpack_weight",
     "why_unavailable",
@@ -132,9 +144,24 @@ def _register(path: Path) -> None:
             torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         except OSError as error:
             raise RuntimeError(f"could not load {path}: {error}; delete the file to have it built anew") from error
+        torch.library.register_fake("parofx_cpu::rotate_linear", _fake_rotate_linear)
         torch.library.register_fake("parofx_cpu::rotate_int4_linear", _fake_rotate_int4_linear)
     # Fails here, and not in a model, if PAROFX_CPU_ISA asks for too much.
     torch.ops.parofx_cpu.isa()
+
+
+def _fake_rotate_linear(
+    x: Tensor,
+    rotation: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    activation_mode: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _fake_rotate_int4_linear(

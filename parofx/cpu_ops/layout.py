@@ -57,7 +57,9 @@ def pack_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int
     _check_tensor("scales", scales, torch.float16, (groups, out_features))
 
     weight = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=qweight.device)
-    for part, into in zip(qweight.split(_WORDS_AT_ONCE, dim=1), weight.split(CHUNK * _WORDS_AT_ONCE), strict=True):
+    for first in range(0, words, _WORDS_AT_ONCE):
+        part = qweight[:, first : first + _WORDS_AT_ONCE]
+        into = weight[CHUNK * first : CHUNK * (first + _WORDS_AT_ONCE)]
         by_chunk = part.reshape(in_features // CHUNK, CHUNK, -1).clone()
         _transpose_nibbles(by_chunk)
         # Row i of a chunk now holds eight channels of column 8w + NIBBLE_COLUMNS[i].
@@ -226,8 +228,10 @@ def place_together(linears: Sequence[tuple[Tensor, ...]]) -> bool:
     for parts in zip(*linears, strict=True):
         if not _follow_one_another(parts):
             buffer = torch.cat([part.detach() for part in parts])
-            for part, piece in zip(parts, buffer.split([len(part) for part in parts]), strict=True):
-                part.data = piece
+            start = 0
+            for part in parts:
+                part.data = buffer[start : start + len(part)]
+                start += len(part)
     return True
 
 

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from parofx import cpu_ops, kernel_layouts, ops
+from parofx.config import Activations
 from parofx.cpu_ops import layout
 from parofx.packing import CODES_PER_WORD
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Multiply activations as they are (1 would quantize them to int8 after the rotation).
-EXACT_ACTIVATIONS = 0
+#: Width of the codes.
+BITS = 4
+#: The kernels' `activation_mode`.
+ACTIVATION_MODES: dict[Activations, int] = {"float": 0, "int8": 1}
 
 
 @torch.library.custom_op("parofx::unpack_cpu_weight", mutates_args=())
@@ -126,10 +129,9 @@ def _kernels_serve(x: Tensor) -> bool:
 def _run_kernels(
     x: Tensor, rotation: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
-    outputs = torch.ops.parofx_cpu.rotate_int4_linear.default(
-        x, [rotation], [weight], [scales], [zeros], [bias], group_size, EXACT_ACTIVATIONS
+    result: Tensor = torch.ops.parofx_cpu.rotate_linear.default(
+        x, rotation, weight, scales, zeros, bias, BITS, group_size, ACTIVATION_MODES["float"]
     )
-    result: Tensor = outputs[0]
     return result
 
 
@@ -137,8 +139,8 @@ class CpuLayout:
     """Hold linears on CPU as the native kernels read them."""
 
     name = "cpu"
-    buffers = ("cpu_rotation", "cpu_theta", "cpu_weight", "cpu_scales", "cpu_zeros")
-    weight_buffers = ("cpu_weight", "cpu_scales", "cpu_zeros")
+    buffers: tuple[str, ...] = ("cpu_rotation", "cpu_theta", "cpu_weight", "cpu_scales", "cpu_zeros")
+    weight_buffers: tuple[str, ...] = ("cpu_weight", "cpu_scales", "cpu_zeros")
 
     def why_not(self, device: torch.device, group_size: int) -> str | None:
         """Return why linears on a device are not held in this layout, or None."""

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from parofx import cpu_ops
 from parofx.cpu_ops.layout import GROUP_SIZES, pack_rotation, pack_weight, place_together
-from parofx.cpu_ops.packed_linear import DTYPES, EXACT_ACTIVATIONS
+from parofx.cpu_ops.packed_linear import ACTIVATION_MODES, BITS, DTYPES
 from parofx.passes.layouts import packed_rotation, packed_weight
 from parofx.providers.base import SiblingCall
 
@@ -41,10 +41,17 @@ class CpuProvider:
         graph = call.gm.graph
         rotations = [self._rotation(call, *nodes) for nodes in call.rotations]
         weights = [self._weight(call, nodes) for nodes in call.weights]
+        mode = ACTIVATION_MODES[call.activations]
+        if len(weights) == 1:
+            # An operator without lists, which take longer to pass than the rest of a call.
+            one: tuple[Any, ...] = (call.x, rotations[0], *weights[0], call.biases[0], BITS, call.group_size, mode)
+            output = graph.call_function(torch.ops.parofx_cpu.rotate_linear.default, one)
+            output.meta = dict(call.node.meta)
+            return [output]
         if all(packed_weight(nodes) is not None for nodes in call.weights):
             call.place_together(weights, place_together)
         packed: list[Any] = [[weight[index] for weight in weights] for index in range(3)]
-        args = (call.x, rotations, *packed, list(call.biases), call.group_size, EXACT_ACTIVATIONS)
+        args = (call.x, rotations, *packed, list(call.biases), call.group_size, mode)
         merged = graph.call_function(torch.ops.parofx_cpu.rotate_int4_linear.default, args)
         merged.meta = dict(call.node.meta)
         return [graph.call_function(operator.getitem, (merged, index)) for index in range(len(weights))]

@@ -65,7 +65,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     modes = {module: module.training for module in model.modules()}
     for module in modes:
         if isinstance(module, ParoLinear):
-            # The exporter runs the model on tensors that hold nothing: a graph that is to read packed ones needs them now.
+            # The exporter runs the model on tensors that hold nothing: what the graph is to read packed must be by now.
             module.pack_()
     model.eval()
     try:

@@ -20,6 +20,8 @@ CAST = torch.ops.aten.to.dtype
 ROTATE = torch.ops.parofx.rotate.default
 FAKE_QUANTIZE = torch.ops.parofx.fake_quantize.default
 INT4_LINEAR = torch.ops.parofx.int4_linear.default
+#: Look-ups in an embedding table.
+EMBEDDING = (torch.ops.aten.embedding.default, torch.nn.functional.embedding)
 ROTATE_INT4_LINEAR = torch.ops.parofx.rotate_int4_linear.default
 ROTATE_INT4_SIBLINGS = torch.ops.parofx.rotate_int4_siblings.default
 #: Operators that the lowering must replace.

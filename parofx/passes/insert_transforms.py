@@ -28,6 +28,7 @@ from parofx.passes.linears import (
     find_units,
     find_weight_stacks,
     group_siblings,
+    name_tied_heads,
 )
 from parofx.report import FloatLinear, FloatReason
 
@@ -73,13 +74,16 @@ class InsertTransforms:
         self, gm: GraphModule, blocks: tuple[str, ...]
     ) -> tuple[list[LinearUnit], list[FloatLinear], dict[str, int]]:
         """Return the units to transform, the linears that stay float with their reasons, and the group sizes."""
-        embeddings = (*find_embeddings(gm), *self.embeddings)
+        looked_up, units = find_embeddings(gm), find_units(gm)
+        embeddings = (*looked_up, *self.embeddings)
         selection = Selection(self.config, blocks, embeddings, self.output_heads, self.replace_modules)
         kept = [FloatLinear(name, FloatReason.WEIGHT_NOT_MATRIX) for name in find_weight_stacks(gm)]
         inside = "it is inside one call of multi_head_attention_forward"
         kept += [FloatLinear(name, FloatReason.FUNCTIONAL, inside) for name in find_attention_weights(gm)]
+        if self.config.lm_head != "float":
+            name_tied_heads(units, looked_up)
         chosen = []
-        for unit in find_units(gm):
+        for unit in units:
             reason = selection.why_not(unit)
             if reason is None:
                 chosen.append(unit)

@@ -13,10 +13,12 @@ from parofx.config import FALLBACK_GROUP_SIZES, SMALLEST_GROUP_SIZE, ParoConfig
 from parofx.packing import CODES_PER_WORD
 from parofx.passes.blocks import block_of
 from parofx.passes.graph import (
+    EMBEDDING,
     LINEAR,
     STAYS_FLOAT,
     Binding,
     binding,
+    module_stack,
     nodes_calling,
     operator_name,
     parameter_node,
@@ -41,17 +43,21 @@ _BATCHED_PRODUCTS = ("mm", "matmul", "linear", "einsum")
 class LinearUnit:
     """One weight matrix and every call that reads it; tied weights are one unit.
 
-    A tensor that is read as it is and transposed is two matrices, of which the second has a `suffix` to its name.
+    A tensor that is read as it is and transposed is two matrices, of which the second has a `suffix` to its name. An
+    output head that is to be quantized is known by its own `module`, though an embedding may own the weight.
     """
 
     weight: Binding
     transposed: bool
     calls: list[Node] = field(default_factory=list)
     suffix: str = ""
+    module: str | None = None
 
     @property
     def name(self) -> str:
         """The module that owns the weight, or the weight itself where it is no module's `weight`."""
+        if self.module is not None:
+            return self.module + self.suffix
         module, _, attribute = self.weight.fqn.rpartition(".")
         return (module if attribute == "weight" and module else self.weight.fqn) + self.suffix
 
@@ -148,20 +154,20 @@ class Selection:
         pattern = next((one for one in self.config.modules_to_not_convert if matches(unit.name, one)), None)
         if pattern is not None:
             return FloatReason.EXCLUDED, f"matches {pattern!r}"
-        if unit.stays_float is not None:
-            return unit.stays_float, ""
-        if self._is_output_head(unit):
+        if unit.stays_float is FloatReason.LEFT_FLOAT:
+            return FloatReason.LEFT_FLOAT, ""
+        if self.config.lm_head == "float" and self._is_output_head(unit):
             return FloatReason.OUTPUT_HEAD, ""
         if any(_selects_experts(call) for call in unit.calls):
             return FloatReason.ROUTER, ""
         if unit.out_features % CODES_PER_WORD:
             return FloatReason.OUT_FEATURES, f"{unit.out_features} out_features"
-        if self.replace_modules and not is_module(unit.weight, unit.name, unit.calls):
+        if self.replace_modules and not is_module(unit.weight, unit.name, unit.calls, tied=unit.module is not None):
             return FloatReason.FUNCTIONAL, f"{unit.weight.fqn} is read outside of one linear module"
         return None
 
     def _is_output_head(self, unit: LinearUnit) -> bool:
-        if unit.name in self.output_heads:
+        if unit.name in self.output_heads or unit.stays_float is FloatReason.OUTPUT_HEAD:
             return True
         if any(block_of(call, self.blocks) for call in unit.calls):
             return False
@@ -169,9 +175,19 @@ class Selection:
         return any(weight is table or weight.shape == table.shape for table in self.embeddings)
 
 
+def name_tied_heads(units: Iterable[LinearUnit], embeddings: Iterable[torch.Tensor]) -> None:
+    """Name each unit that reads an embedding table after the module of its calls."""
+    tables = list(embeddings)
+    for unit in units:
+        if any(unit.weight.tensor is table for table in tables):
+            modules = {stack[-1][0] for call in unit.calls if (stack := module_stack(call))}
+            if len(modules) == 1 and modules != {""}:
+                unit.module = modules.pop()
+
+
 def find_embeddings(gm: GraphModule) -> tuple[torch.Tensor, ...]:
     """Return the embedding tables that the graph looks up."""
-    lookups = nodes_calling(gm.graph, aten.embedding.default, torch.nn.functional.embedding)
+    lookups = nodes_calling(gm.graph, *EMBEDDING)
     bound = [binding(argument) for node in lookups for argument in node.args[:2]]
     return tuple(one.tensor for one in bound if one is not None and one.tensor.dim() == 2)
 

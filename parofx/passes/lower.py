@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from parofx import providers
+from parofx.config import Activations
 from parofx.errors import LoweringError, one_per_line
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.graph import ROTATE_INT4_SIBLINGS, SEMANTIC, nodes_calling, remove_dead_code
@@ -24,10 +25,14 @@ from parofx.passes.graph import ROTATE_INT4_SIBLINGS, SEMANTIC, nodes_calling, r
 @register
 @dataclass(frozen=True)
 class Lower:
-    """Replace semantic operators by a provider's; `provider` forces one by name."""
+    """Replace semantic operators by a provider's; `provider` forces one by name.
+
+    With `activations` `"int8"`, rotated activations are quantized per (row, group) before they are multiplied.
+    """
 
     device: torch.device | str | None = None
     provider: str | None = None
+    activations: Activations = "float"
 
     name: ClassVar[str] = "lower"
     consumes: ClassVar[tuple[Stage, ...]] = (Stage.CONVERTED,)
@@ -38,7 +43,7 @@ class Lower:
         report = PassReport(self.name)
         used: Counter[str] = Counter()
         for node in nodes_calling(gm.graph, ROTATE_INT4_SIBLINGS):
-            call = sibling_call(gm, node, self.device)
+            call = sibling_call(gm, node, self.device, self.activations)
             provider, passed_over = self._choose(call)
             with gm.graph.inserting_before(node):
                 outputs = provider.emit(call)
@@ -77,7 +82,9 @@ def place_siblings(gm: GraphModule) -> None:
         place()
 
 
-def sibling_call(gm: GraphModule, node: Node, device: torch.device | str | None) -> providers.SiblingCall:
+def sibling_call(
+    gm: GraphModule, node: Node, device: torch.device | str | None, activations: Activations = "float"
+) -> providers.SiblingCall:
     """Read a merged call off the graph."""
     x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size = node.args
     assert isinstance(x, Node)
@@ -98,6 +105,7 @@ def sibling_call(gm: GraphModule, node: Node, device: torch.device | str | None)
         weights=tuple(zip(_nodes(qweight), _nodes(qzeros), _nodes(scales), strict=True)),
         biases=tuple(next(present) if has else None for has in has_bias),
         group_size=group_size,
+        activations=activations,
     )
 
 

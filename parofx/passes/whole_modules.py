@@ -8,17 +8,23 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from parofx.passes.graph import TRANSPOSE, Binding, binding, module_calls, module_stack, operator_name
+from parofx.passes.graph import EMBEDDING, TRANSPOSE, Binding, binding, module_calls, module_stack, operator_name
 
 #: What a module that is nothing but a linear may do to its activation, if the shape is the same in the end.
 _VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "alias"})
 
 
-def is_module(weight: Binding, name: str, calls: Sequence[Node]) -> bool:
-    """Say whether the calls that read a weight are all that reads it, each the whole of the module `name`."""
-    return _readers(weight.tensor, calls[0].graph) == set(calls) and all(
-        _is_whole(call, weight, name) for call in calls
-    )
+def is_module(weight: Binding, name: str, calls: Sequence[Node], *, tied: bool = False) -> bool:
+    """Say whether the calls that read a weight are all that reads it, each the whole of the module `name`.
+
+    With `tied` the weight belongs to an embedding, whose look-ups may read it too: they go on with the float table.
+    """
+    readers = _readers(weight.tensor, calls[0].graph)
+    if tied:
+        readers = {node for node in readers if node.target not in EMBEDDING}
+    elif weight.fqn != f"{name}.weight":
+        return False
+    return readers == set(calls) and all(_is_whole(call, name) for call in calls)
 
 
 def _readers(tensor: Tensor, graph: Graph) -> set[Node]:
@@ -32,13 +38,13 @@ def _readers(tensor: Tensor, graph: Graph) -> set[Node]:
     return readers
 
 
-def _is_whole(call: Node, weight: Binding, name: str) -> bool:
-    """Say whether the call's innermost module owns the weight as `weight` and does nothing else.
+def _is_whole(call: Node, name: str) -> bool:
+    """Say whether the call's innermost module is the one of that name and does nothing else.
 
     Nothing else is: only views stand beside the linear, and the module maps `(…, K)` to `(…, N)`.
     """
     calls = module_calls(call)
-    if not calls or weight.fqn != f"{name}.weight" or module_stack(call)[-1][0] != name:
+    if not calls or module_stack(call)[-1][0] != name:
         return False
     inside = {
         node for node in call.graph.nodes if node.op == "call_function" and module_calls(node)[-1:] == calls[-1:]

@@ -7,6 +7,7 @@ reference comes last and has none.
 from __future__ import annotations
 
 from parofx.cpu_ops.provider import CpuProvider
+from parofx.errors import LoweringError, one_per_line
 from parofx.providers.aten import AtenProvider
 from parofx.providers.base import Provider, SiblingCall
 from parofx.providers.reference import ReferenceProvider
@@ -27,11 +28,16 @@ def register(provider: Provider) -> None:
 
 
 def choose(call: SiblingCall) -> tuple[Provider, list[tuple[str, str]]]:
-    """Return the provider for a call, and why those before it were passed over."""
+    """Return the provider for a call, and why those before it were passed over.
+
+    Raises:
+        LoweringError: if no provider serves it, with everyone's reason.
+    """
     reasons: list[tuple[str, str]] = []
     for provider in _PROVIDERS:
         reason = provider.why_not(call)
         if reason is None:
             return provider, reasons
         reasons.append((provider.name, reason))
-    raise AssertionError("the reference provider takes every call")
+    listed = one_per_line(f"{name}: {reason}" for name, reason in reasons)
+    raise LoweringError(f"no provider serves {call.node.name}; compile without the option 'activations':\n{listed}")

@@ -96,6 +96,8 @@ class AtenProvider:
         """Return why ATen's int4 product does not serve a call, or None."""
         if call.device.type != "cpu":
             return f"device {call.device.type} is not cpu"
+        if call.activations != "float":
+            return f"it does not quantize activations to {call.activations}"
         if call.dtype != torch.bfloat16:
             return f"{call.dtype} is scalar code there; only bfloat16 is fast"
         if not call.is_bound():

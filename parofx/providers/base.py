@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from parofx.config import Activations
 from parofx.passes.derived import derived
 from parofx.passes.graph import binding, buffer_node
 from parofx.passes.layouts import roots, tensor_of
@@ -20,9 +21,11 @@ from parofx.passes.layouts import roots, tensor_of
 class SiblingCall:
     """One `rotate_int4_siblings` node with the real tensors behind it.
 
-    The nodes stand for the checkpoint's tensors. Where a module holds a kernel's layout they are outputs of a conversion;
-    a provider of that layout reads what they were converted from (`passes.layouts`), any other need not know. `rotations` holds `(pairs, theta, channel_scales)` once, or per linear; `weights` `(qweight, qzeros, scales)` and
-    `biases` are per linear. `rows` is M, or None where it is dynamic.
+    The nodes stand for the checkpoint's tensors. Where a module holds a kernel's layout they are outputs of a
+    conversion; a provider of that layout reads what they were converted from (`passes.layouts`), any other need not
+    know. `rotations` holds `(pairs, theta, channel_scales)` once, or per linear; `weights` `(qweight, qzeros, scales)`
+    and `biases` are per linear. `rows` is M, or None where it is dynamic. With `activations` `"int8"`, rotated
+    activations are quantized per (row, group) before they are multiplied.
     """
 
     gm: GraphModule
@@ -35,6 +38,7 @@ class SiblingCall:
     weights: tuple[tuple[Node, Node, Node], ...]
     biases: tuple[Node | None, ...]
     group_size: int
+    activations: Activations = "float"
 
     @property
     def in_features(self) -> int:
@@ -52,7 +56,7 @@ class SiblingCall:
         return all(binding(root) is not None for node in nodes for root in roots(node))
 
     def tensor(self, node: Node) -> Tensor:
-        """Return the real tensor behind a node, in the checkpoint's layout; converted anew at each call if it must be."""
+        """Return the real tensor behind a node, in the checkpoint's layout; converted at each call if it must be."""
         return tensor_of(node)
 
     def constants(
@@ -76,7 +80,9 @@ class SiblingCall:
         self.gm.meta.setdefault("parofx_made_from", set()).update(inputs)
         return tuple(nodes)
 
-    def place_together(self, linears: Sequence[Sequence[Node]], place: Callable[[list[tuple[Tensor, ...]]], object]) -> None:
+    def place_together(
+        self, linears: Sequence[Sequence[Node]], place: Callable[[list[tuple[Tensor, ...]]], object]
+    ) -> None:
         """Ask for the packed tensors of the call's linears to be moved into one buffer once the graph is compiled.
 
         Args:

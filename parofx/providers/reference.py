@@ -52,13 +52,13 @@ reference_int4_siblings.register_autograd(ops.differentiate_siblings, setup_cont
 
 
 class ReferenceProvider:
-    """Serves every device, dtype and shape."""
+    """Serves every device, dtype and shape, with the activations as they are."""
 
     name = "reference"
 
     def why_not(self, call: SiblingCall) -> str | None:
-        """Return None: the reference takes every call."""
-        return None
+        """Return why the reference does not serve a call, or None."""
+        return None if call.activations == "float" else f"it does not quantize activations to {call.activations}"
 
     def emit(self, call: SiblingCall) -> list[Node]:
         """Insert the reference operator on the checkpoint's tensors."""

@@ -109,6 +109,13 @@ def test_relative_error_is_that_of_the_outputs() -> None:
     assert relative_error(w, w_hat, None) == pytest.approx(plain.item(), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e20, 1e37])
+def test_relative_error_of_very_small_and_very_large_weights(scale: float) -> None:
+    w, delta = normal(3, GROUP), 0.1 * normal(3, GROUP, seed=1)
+    expected = relative_error(w, w + delta, None)
+    assert relative_error(w * scale, (w + delta) * scale, None) == pytest.approx(expected, rel=1e-3)
+
+
 def test_relative_error_of_a_zero_weight() -> None:
     assert relative_error(torch.zeros(2, GROUP), torch.zeros(2, GROUP), None) == 0.0
 

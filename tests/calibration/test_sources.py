@@ -79,6 +79,26 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
         list(load_texts(tmp_path / "a.txt"))
 
 
+def test_bytes_that_are_no_json_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: expected one JSON object a line, got 'utf-8' codec"):
+        list(load_texts(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1xx", b"PAR1" + bytes(40) + b"PAR1"])
+def test_a_broken_parquet_file_is_named(tmp_path: Path, content: bytes) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet is truncated or not a Parquet file"):
+        list(load_texts(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match="got an empty name"):
+        load_texts(name)
+
+
 def test_parquet_without_documents_is_refused(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -71,7 +71,7 @@ def test_borders_come_back_with_their_kinds(tmp_path):
 
 
 @pytest.mark.parametrize(("digest", "resume", "kept"), [("a", True, True), ("b", True, False), ("a", False, False)])
-def test_only_results_of_the_same_run_are_used(tmp_path, digest, resume, kept):
+def test_only_results_of_the_same_run_are_used(tmp_path, caplog, digest, resume, kept):
     store = CalibrationStore(tmp_path, "a", resume=True)
     store.save_segment(0, pack_fit("x", fitted()))
     store.save_borders(0, [{}])
@@ -80,6 +80,37 @@ def test_only_results_of_the_same_run_are_used(tmp_path, digest, resume, kept):
     assert again.finished() == (1 if kept else 0)
     assert (tmp_path / "segment-000.safetensors").exists() == kept
     assert json.loads((tmp_path / "run.json").read_text())["fingerprint"] == digest
+    assert ("holds a run with other options, weights or data: starting over" in caplog.text) == (digest == "b")
+
+
+@pytest.mark.parametrize("name", ["border", "segment-000", "segment-001"])
+@pytest.mark.parametrize("how", ["truncated", "missing", "foreign"])
+def test_a_damaged_folder_is_named(tmp_path, name, how):
+    store = CalibrationStore(tmp_path, "a", resume=True)
+    for index in range(2):
+        store.save_segment(index, pack_fit("x", fitted(index)))
+        store.save_borders(index, [{"hidden": torch.ones(3)}])
+    path = tmp_path / f"{name}.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if how != "missing":
+        path.write_bytes(content[: len(content) // 2] if how == "truncated" else b"no tensors")
+
+    def resume():
+        again = CalibrationStore(tmp_path, "a", resume=True)
+        return [again.load_segment(index) for index in range(again.finished())], again.load_borders()
+
+    if (name, how) == ("border", "missing"):
+        assert store.finished() == 0
+    else:
+        with pytest.raises(DataError, match=rf"work_dir .* is damaged \({name}\.safetensors.*resume=False"):
+            resume()
+
+
+def test_a_file_is_no_work_dir(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"work_dir must be a folder that can be written to, got .*file"):
+        CalibrationStore(tmp_path / "file", "a", resume=True)
 
 
 def test_an_unreadable_header_starts_over(tmp_path):

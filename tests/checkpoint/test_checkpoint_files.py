@@ -41,7 +41,7 @@ def test_folder_without_weights(tmp_path):
         files.open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("weight_map", [{}, None, ["a"]])
+@pytest.mark.parametrize("weight_map", [{}, None, ["a"], {"a": 5}])
 def test_index_without_weight_map(tmp_path, weight_map):
     write_index(tmp_path, weight_map)
     with pytest.raises(CheckpointError, match="must hold a 'weight_map'"):

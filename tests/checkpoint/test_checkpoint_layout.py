@@ -94,6 +94,10 @@ def test_find_quantized_refuses():
         (None, ["config.json must hold a 'quantization_config' object, got None"]),
         ({"quant_method": "awq"}, ["quant_method must be 'paroquant', got 'awq'"]),
         ({"quant_method": "paroquant", "bits": 3}, ["bits must be one of (4,), got 3"]),
+        (
+            {"quant_method": "paroquant", "group_sizes": [1]},
+            ["group_sizes must map module names to group sizes, got [1]"],
+        ),
     ],
 )
 def test_why_not_readable(config, reasons):
@@ -139,6 +143,10 @@ def test_impossible_values():
     assert problems[0].startswith("a.theta: must be finite, got 64 values")
     assert problems[1] == "b.channel_scales: must be finite, got 1 values that are not"
     assert problems[2].startswith("c.pairs: round 0, group 0 must be a permutation of 0..63")
+    tensors = quantized()
+    tensors["a"]["channel_scales"] = tensors["a"]["channel_scales"].clone()
+    tensors["a"]["channel_scales"][0, :3] = 0
+    assert layout.why_not_valid(tensors) == ["a.channel_scales: weights are divided by them, got 3 zeros"]
 
 
 def test_a_shared_module_is_listed_under_each_name():

@@ -123,3 +123,15 @@ def test_a_chat_needs_a_template(files: Files, run: Run, tmp_path: Path) -> None
             (tmp_path / file.name).symlink_to(file)
     with pytest.raises(DataError, match="--chat needs a chat template"):
         run("--traceback", "generate", tmp_path, "-p", "ships", "--chat", "--no-compile")
+
+
+def test_a_result_that_could_not_be_written_stops_before_the_work(run: Run, files: Files, tmp_path: Path) -> None:
+    status, output, _ = run("inspect", files.paro, "--json", tmp_path / "missing" / "x.json")
+    assert status == 2
+    assert "there is no folder" in output
+
+
+def test_an_empty_prompt_is_refused(run: Run, files: Files) -> None:
+    status, output, _ = run("generate", files.paro, "-p", "", "--no-chat", "--no-compile")
+    assert status == 2
+    assert "the prompt '' holds no token" in output

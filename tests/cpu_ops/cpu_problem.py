@@ -38,10 +38,12 @@ class Problem:
     rotations: list[Rotation] | None
     in_features: int
     group_size: int
+    bits: int = 4
 
     def packed(self) -> tuple[object, ...]:
+        pack = cpu_ops.pack_codes if self.bits == 4 else cpu_ops.pack_byte_codes
         weights, scales, zeros = zip(
-            *(cpu_ops.pack_codes(each.codes, each.zeros, each.scales, self.group_size) for each in self.linears),
+            *(pack(each.codes, each.zeros, each.scales, self.group_size) for each in self.linears),
             strict=True,
         )
         blobs = [torch.empty(0, dtype=torch.uint8)]
@@ -58,7 +60,11 @@ class Problem:
         # Freed at once, so that the allocator hands this memory to the outputs: what is not written stays NaN.
         for each in self.linears:
             torch.full((*x.shape[:-1], each.codes.shape[1]), torch.nan, dtype=x.dtype)
-        return torch.ops.parofx_cpu.rotate_int4_linear(x, *packed, self.group_size, mode)
+        if len(self.linears) > 1:
+            return torch.ops.parofx_cpu.rotate_int4_linear(x, *packed, self.group_size, mode)
+        (rotation,), (weight,), (scales,), (zeros,), (bias,) = packed
+        arguments = (rotation, weight, scales, zeros, bias, self.bits, self.group_size, mode)
+        return [torch.ops.parofx_cpu.rotate_linear(x, *arguments)]
 
     def rotate(self, x: Tensor, index: int) -> Tensor:
         """x after channel scales and rounds, fp64, in gather form."""
@@ -121,22 +127,23 @@ def make_problem(
     separate: bool = False,
     bias: torch.dtype | None = None,
     seed: int = 0,
+    bits: int = 4,
 ) -> Problem:
     """A random problem; `krot` None leaves the rotation out, `bias` goes to every second linear."""
     random = torch.Generator().manual_seed(seed)
     groups = in_features // group_size
     linears = []
     for i, columns in enumerate(out_features):
-        codes = torch.randint(0, 16, (in_features, columns), generator=random, dtype=torch.uint8)
-        zeros = torch.randint(0, 16, (groups, columns), generator=random, dtype=torch.uint8)
+        codes = torch.randint(0, 2**bits, (in_features, columns), generator=random, dtype=torch.uint8)
+        zeros = torch.randint(0, 2**bits, (groups, columns), generator=random, dtype=torch.uint8)
         scales = (0.002 + 0.01 * torch.rand(groups, columns, generator=random)).half()
         chosen = torch.randn(columns, generator=random).to(bias) if bias is not None and i % 2 == 0 else None
         linears.append(Linear(codes, zeros, scales, chosen))
     if krot is None:
-        return Problem(linears, None, in_features, group_size)
+        return Problem(linears, None, in_features, group_size, bits)
     count = len(out_features) if separate else 1
     rotations = [make_rotation(in_features, group_size, krot, random) for _ in range(count)]
-    return Problem(linears, rotations, in_features, group_size)
+    return Problem(linears, rotations, in_features, group_size, bits)
 
 
 def make_rotation(in_features: int, group_size: int, krot: int, random: torch.Generator) -> Rotation:

@@ -50,7 +50,8 @@ std::vector<uint8_t> rotation_blob(int64_t groups, int group_size, int rounds) {
   return blob;
 }
 
-std::vector<float> run(int64_t rows, int64_t in_features, int group_size, int rounds, bool dynamic_int8, int threads) {
+std::vector<float> run(
+    int bits, int64_t rows, int64_t in_features, int group_size, int rounds, bool dynamic_int8, int threads) {
   generator.seed(7);
   const int64_t groups = in_features / group_size;
   std::vector<uint16_t> x(rows * in_features);
@@ -63,6 +64,7 @@ std::vector<float> run(int64_t rows, int64_t in_features, int group_size, int ro
   call.dtype = parofx::DType::bf16;
   call.rows = rows;
   call.in_features = in_features;
+  call.bits = bits;
   call.group_size = group_size;
   call.dynamic_int8 = dynamic_int8;
   call.rotations = {{blob.data(), rounds}, {nullptr, 0}, {blob.data(), rounds}};
@@ -71,9 +73,9 @@ std::vector<float> run(int64_t rows, int64_t in_features, int group_size, int ro
   for (int i = 0; i < 3; ++i) {
     Tensors& tensors = all[i];
     const int64_t columns = widths[i];
-    tensors.weight = random_values<uint8_t>(columns * in_features / 2, 256);
-    tensors.zeros = random_values<uint8_t>(columns * groups, 16);
-    tensors.scales.assign(columns * groups, parofx::float_to_f16(0.01f));
+    tensors.weight = random_values<uint8_t>(columns * in_features * bits / 8, 256);
+    tensors.zeros = random_values<uint8_t>(columns * groups, 1 << bits);
+    tensors.scales.assign(columns * groups, parofx::float_to_f16(bits == 4 ? 0.01f : 0.000625f));
     tensors.bias.assign(columns, parofx::float_to_f16(0.25f));
     tensors.y.assign(rows * columns, 0xffff);
     parofx::Linear linear{};
@@ -105,8 +107,9 @@ int main(int, char** arguments) {
   for (const int group_size : {32, 64, 128}) {
     for (const int rounds : {0, 1, 8}) {
       for (const int64_t rows : {1, 2, 3, 5, 8, 9, 14, 17, 49, 300}) {
-        for (const bool dynamic_int8 : {false, true}) {
-          const auto answer = run(rows, 3 * group_size, group_size, rounds, dynamic_int8, 1 + rows % 3);
+        for (const int mode : {0, 1, 2, 3}) {
+          const int bits = mode < 2 ? 4 : 8;
+          const auto answer = run(bits, rows, 3 * group_size, group_size, rounds, mode % 2 == 1, 1 + rows % 3);
           if (writes) {
             std::fwrite(answer.data(), sizeof(float), answer.size(), file);
             continue;

@@ -36,6 +36,24 @@ def codes_of(words: torch.Tensor) -> torch.Tensor:
 @given(
     groups=st.integers(1, 5),
     group_size=st.sampled_from((32, 64, 128)),
+    words=st.integers(1, 27),
+    seed=st.integers(0, 2**16),
+)
+def test_unpack_inverts_pack_with_eight_bits(groups: int, group_size: int, words: int, seed: int) -> None:
+    in_features = groups * group_size
+    qweight, qzeros, scales = checkpoint(in_features, 8 * words, group_size, seed)
+    original = (qweight.repeat(1, 2), qzeros.repeat(1, 2), scales)
+    packed = cpu_ops.pack_byte_weight(*original, group_size)
+    assert [tuple(each.shape) for each in packed] == [(8 * words, in_features), *[(8 * words, groups)] * 2]
+    back = cpu_ops.unpack_byte_weight(*packed, group_size, in_features, 8 * words)
+    for before, after in zip(original, back, strict=True):
+        assert after.dtype == before.dtype
+        assert torch.equal(after, before)
+
+
+@given(
+    groups=st.integers(1, 5),
+    group_size=st.sampled_from((32, 64, 128)),
     words=st.integers(1, 14),
     seed=st.integers(0, 2**16),
 )

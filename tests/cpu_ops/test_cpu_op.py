@@ -41,14 +41,17 @@ def rows_of(x: Tensor) -> Tensor:
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     group_size = draw(st.sampled_from((32, 64, 128)))
+    bits = draw(st.sampled_from((4, 8)))
+    siblings = 3 if bits == 4 else 1
     return make_problem(
         group_size * draw(st.integers(1, 5)),
-        tuple(draw(st.lists(st.sampled_from((1, 8, 31, 32, 33, 40, 64, 97, 160)), min_size=1, max_size=3))),
+        tuple(draw(st.lists(st.sampled_from((1, 8, 31, 32, 33, 40, 64, 97, 160)), min_size=1, max_size=siblings))),
         group_size,
         draw(st.sampled_from((None, 0, 1, 2, 3, 8, 9))),
         separate=draw(st.booleans()),
         bias=draw(st.sampled_from((None, *DTYPES))),
         seed=draw(st.integers(0, 2**16)),
+        bits=bits,
     )
 
 
@@ -70,8 +73,9 @@ def test_matches_fp64(problem: Problem, rows: int, dtype: torch.dtype, mode: int
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", [0, 1])
 @pytest.mark.parametrize("rows", [1, 8, 300])
-def test_matches_fp64_at_larger_shapes(dtype: torch.dtype, mode: int, rows: int) -> None:
-    problem = make_problem(512, (128, 72), 128, 8, bias=torch.float16)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_matches_fp64_at_larger_shapes(dtype: torch.dtype, mode: int, rows: int, bits: int) -> None:
+    problem = make_problem(512, (128, 72) if bits == 4 else (200,), 128, 8, bias=torch.float16, bits=bits)
     x = torch.randn(rows, 512).to(dtype)
     problem.check(x, problem.run(x, mode), mode)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fp64 import cast, in_double, reference_model, relative_error, run
+from fp64 import cast, reference_model, relative_error, run
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from zoo import ZOO, ZooModel
@@ -26,14 +26,17 @@ pytestmark = pytest.mark.e2e
 REWRITE = 1e-5
 #: fp32 stages against each other and against fp64.
 FP32 = 1e-4
-#: bf16 has 8 bits; where activations alone already cost the float model more than this, that is the measure.
+#: Stages in bf16, which has 8 bits.
 BF16 = 1e-2
+#: Where the float model in bf16 is that far from fp64 itself: Gemma 3 scales its embeddings and norms by large numbers.
+BF16_OF = {"gemma3": 1.5e-2}
 
 CONFIG = ParoConfig(calibration=CalibrationConfig(steps=3))
 
 
 @dataclass
 class Case:
+    name: str
     spec: ZooModel
     model: nn.Module
     quantized: nn.Module
@@ -48,7 +51,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     inputs = complete_inputs(model, spec.inputs())
     quantized = copy.deepcopy(model)
     report = parofx.quantize(quantized, CONFIG, calibration=[spec.inputs()], progress=False)
-    return Case(spec, model, quantized, report, inputs)
+    return Case(request.param, spec, model, quantized, report, inputs)
 
 
 def test_report_counts(case):
@@ -139,9 +142,7 @@ def test_stages_keep_the_output(case):
 def test_bfloat16_lowers_from_the_quantized_model(case):
     dtype = torch.bfloat16
     inputs, wide = cast(case.inputs, dtype), cast(cast(case.inputs, dtype), torch.float64)
-    rounded = copy.deepcopy(case.model).to(dtype)
-    cost = relative_error(run(rounded, inputs), run(in_double(copy.deepcopy(rounded)), wide))
-    tolerance = max(BF16, 1.5 * cost)
+    tolerance = BF16_OF.get(case.name, BF16)
     reference = run(reference_model(case.model, case.quantized, dtype), wide)
     quantized = copy.deepcopy(case.quantized).to(dtype)
     assert relative_error(run(quantized, inputs), reference) < tolerance

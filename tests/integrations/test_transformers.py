@@ -90,6 +90,28 @@ def test_every_architecture_survives(tmp_path, name):
     assert list(layout.paro_linears(loaded)) == list(layout.paro_linears(model))
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_quantized_output_head_leaves_the_embedding_table_alone(tmp_path, name):
+    model, batch = ZOO[name].build(), inputs(name)
+    table = model.get_input_embeddings().weight.detach().clone()
+    calibration = parofx.CalibrationConfig(recipe="data-free", steps=1)
+    report = parofx.quantize(model, parofx.ParoConfig(lm_head=4, calibration=calibration), progress=False)
+    assert isinstance(model.get_output_embeddings(), ParoLinear)
+    assert "lm_head" in [linear.name for linear in report.linears]
+    assert report.kept_float == ()
+    assert torch.equal(model.get_input_embeddings().weight, table)
+    expected = outputs(model, batch)
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    for load in (load_pretrained, AutoModelForCausalLM.from_pretrained):
+        loaded = load(tmp_path)
+        assert torch.equal(outputs(loaded, batch), expected)
+        assert torch.equal(loaded.get_input_embeddings().weight, table)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="paro", options={"provider": "reference"})
+        assert relative_error(compiled(**batch)[0], expected) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_against_fp64(llama, dtype):
     model, folder = llama

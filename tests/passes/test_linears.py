@@ -57,6 +57,24 @@ class TestFloatReasons:
         assert found.reason is FloatReason.OUTPUT_HEAD
         assert quantized(captured.gm) == ["body"]
 
+    @pytest.mark.parametrize("door", DOORS)
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_an_output_head_that_shall_be_quantized(self, door: str, tied: bool) -> None:
+        embedding, body, head = nn.Embedding(40, 64), graphs.linear(), graphs.linear(64, 40, bias=False, seed=1)
+        if tied:
+            head.weight = embedding.weight
+        model = Model(lambda m, x: m.head(m.body(m.embedding(x))), embedding=embedding, body=body, head=head).eval()
+        captured = graphs.enter(door, model, torch.arange(6).view(2, 3))
+        assert kept(captured.gm, lm_head=4, replace_modules=door == "export") == []
+        assert quantized(captured.gm) == ["body", "head"]
+
+    def test_a_tied_head_that_is_computed_with_stays_float(self) -> None:
+        embedding, body = nn.Embedding(40, 64), graphs.linear()
+        model = Model(lambda m, x: F.linear(m.body(m.embedding(x)), m.embedding.weight), embedding=embedding, body=body)
+        gm = capture(model.eval(), torch.arange(6).view(2, 3))
+        (found,) = kept(gm, lm_head=4, replace_modules=True)
+        assert found.reason is FloatReason.FUNCTIONAL
+
     def test_output_head_named_by_the_model(self) -> None:
         model = nn.Sequential(graphs.linear(), graphs.linear(64, 40))
         gm = capture(model, graphs.rows(3, 64))

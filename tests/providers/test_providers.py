@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from parofx import affine, ops, packing, providers
+from parofx.errors import LoweringError
 from parofx.passes import MergeSiblings
 from parofx.passes.graph import ROTATE_INT4_SIBLINGS, get_attribute, nodes_calling
 from parofx.passes.lower import sibling_call
@@ -50,6 +51,7 @@ class TestChoice:
             ({"dtype": torch.float32}, "torch.float32 is scalar code there; only bfloat16 is fast"),
             ({"dtype": torch.float16}, "torch.float16 is scalar code there; only bfloat16 is fast"),
             ({"group_size": 16}, "group_size 16 is not one of (32, 64, 128)"),
+            ({"activations": "int8"}, "it does not quantize activations to int8"),
         ],
     )
     def test_why_not_aten(self, changes: dict[str, Any], reason: str) -> None:
@@ -70,6 +72,13 @@ class TestChoice:
         assert provider.name == "reference"
         assert [name for name, _ in reasons] == [one.name for one in providers.providers()[:-1]]
         assert {reason for _, reason in reasons} == {"device cuda is not cpu"}
+
+    def test_a_call_that_nobody_serves_is_refused_with_every_reason(self) -> None:
+        call = a_call(device=torch.device("cuda"), activations="int8")
+        with pytest.raises(
+            LoweringError, match=r"no provider serves .*(?s:.)*cpu: device cuda.*\n.*\n.*reference: it does"
+        ):
+            providers.choose(call)
 
     def test_a_registered_provider_comes_first_and_replaces_its_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Mine(ReferenceProvider):

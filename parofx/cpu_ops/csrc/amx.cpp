@@ -1,8 +1,8 @@
 // Intel AMX: tiles of 16 rows by 64 bytes, multiplied 16 × 16 × 16 words at a time.
 //
 // One group of a block is decoded once into the L1 cache as code − zero, exactly, in the order that AMX wants, which is
-// that of the steps in multiply_simd.h; the products of all rows follow. An activation becomes a sum of bf16 planes
-// (one for bf16, two for fp16, three for fp32), so that fp16 and fp32 lose nothing to the tiles.
+// that of the steps in multiply_simd.h; the products of all rows follow. The digits of an int24 activation are rows of
+// a tile like any other.
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -35,8 +35,10 @@ TileConfig tile_config(int words) {
   return config;
 }
 
+// How codes meet activations. kCentred: the zero point is subtracted when codes are decoded, not from the product.
 struct Bf16Tiles {
-  static constexpr int kSteps = words_per_chunk(Format::bf16);
+  static constexpr bool kCentred = true;
+  static constexpr int kSteps = words_per_plane(Format::bf16);
   // code + 15 − zero is 0..30 and indexes a table of −15..15.
   static __m512i offset(__m512i zeros) {
     const __m512i shift = _mm512_sub_epi32(_mm512_set1_epi32(15), zeros);
@@ -62,7 +64,8 @@ struct Bf16Tiles {
 };
 
 struct Int8Tiles {
-  static constexpr int kSteps = words_per_chunk(Format::int8);
+  static constexpr bool kCentred = true;
+  static constexpr int kSteps = words_per_plane(Format::int8);
   static __m512i offset(__m512i zeros) { return _mm512_mullo_epi32(zeros, _mm512_set1_epi32(0x01010101)); }
   static __m512i decode(__m512i words, int step, __m512i offset) {
     const __m512i codes = _mm512_and_si512(_mm512_srli_epi16(words, 4 * step), _mm512_set1_epi8(15));
@@ -76,6 +79,21 @@ struct Int8Tiles {
   static void multiply_second() {
     _tile_dpbssd(2, 5, 6);
     _tile_dpbssd(3, 5, 7);
+  }
+};
+
+// 8-bit codes are in tile order as they are stored.
+struct ByteTiles {
+  static constexpr bool kCentred = false;
+  static constexpr int kSteps = words_per_plane(Format::int8);
+  static __m512 load(const void* product) { return Int8Tiles::load(product); }
+  static void multiply_first() {
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+  }
+  static void multiply_second() {
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
   }
 };
 
@@ -100,11 +118,10 @@ void decode_group(const Block& block, int64_t group, int chunks, uint32_t* out) 
   }
 }
 
-// Products of 32 columns with 16 or, kPair, 32 rows of one group, into (32, 32) words.
+// Products of 32 columns with 16 or, kPair, 32 lines of activation words of one group, into (32, 32) words.
 template <class Tiles, bool kPair>
-void multiply_tiles(const uint32_t* x, int64_t row_words, int planes, const uint32_t* codes, uint32_t* product) {
-  const int64_t row_bytes = row_words * sizeof(uint32_t);
-  const int64_t plane_words = row_words / planes;
+void multiply_tiles(const uint32_t* x, int64_t line_words, const void* codes, uint32_t* product) {
+  const int64_t line_bytes = line_words * sizeof(uint32_t);
   constexpr int64_t code_bytes = kBlockColumns * sizeof(uint32_t);
   // gcc does not know that tile loads read memory.
   __asm__ volatile("" ::: "memory");
@@ -112,17 +129,15 @@ void multiply_tiles(const uint32_t* x, int64_t row_words, int planes, const uint
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t word = 0; word < plane_words; word += kTileWords) {
-    _tile_loadd(6, codes + word * kBlockColumns, code_bytes);
-    _tile_loadd(7, codes + word * kBlockColumns + 16, code_bytes);
-    for (int plane = 0; plane < planes; ++plane) {
-      const uint32_t* from = x + plane * plane_words + word;
-      _tile_loadd(4, from, row_bytes);
-      Tiles::multiply_first();
-      if constexpr (kPair) {
-        _tile_loadd(5, from + kTileRows * row_words, row_bytes);
-        Tiles::multiply_second();
-      }
+  for (int64_t word = 0; word < line_words; word += kTileWords) {
+    const auto* from = static_cast<const uint32_t*>(codes) + word * kBlockColumns;
+    _tile_loadd(6, from, code_bytes);
+    _tile_loadd(7, from + 16, code_bytes);
+    _tile_loadd(4, x + word, line_bytes);
+    Tiles::multiply_first();
+    if constexpr (kPair) {
+      _tile_loadd(5, x + kTileRows * line_words + word, line_bytes);
+      Tiles::multiply_second();
     }
   }
   _tile_stored(0, product, code_bytes);
@@ -133,56 +148,81 @@ void multiply_tiles(const uint32_t* x, int64_t row_words, int planes, const uint
   }
 }
 
+// Returns one group's codes. Tiles read what has reached the cache: decoding the next group now gives its stores time.
+template <class Tiles>
+const void* decode_ahead(const MultiplyJob& job, int64_t group) {
+  const int chunks = job.activation->group_size / kChunk;
+  const auto buffer = [&](int64_t which) { return job.unpacked + which % 2 * chunks * Tiles::kSteps * kBlockColumns; };
+  if (group == 0) decode_group<Tiles>(job.block, 0, chunks, buffer(0));
+  if (group + 1 < job.activation->groups) decode_group<Tiles>(job.block, group + 1, chunks, buffer(group + 1));
+  return buffer(group);
+}
+
+template <>
+const void* decode_ahead<ByteTiles>(const MultiplyJob& job, int64_t group) {
+  return job.block.weight + group * job.activation->group_size * kBlockColumns;
+}
+
+// tile += scale · step · (product − zero · sum), for the rows of one group whose products are at hand.
+template <class Tiles>
+void fold(const MultiplyJob& job, int64_t group, int64_t row, int64_t rows, const uint32_t* product) {
+  const Activation& activation = *job.activation;
+  const int planes = planes_of(activation.format);
+  const int64_t first = activation.row_index(group, job.row_begin + row);
+  for (int half = 0; half < 2; ++half) {
+    const int64_t column = group * kBlockColumns + half * 16;
+    const __m512 scale = Simd512::load_as<DType::f16>(job.block.scales, column);
+    const __m512 zero = Simd512::load_bytes(job.block.zeros + column);
+    for (int64_t i = 0; i < rows; ++i) {
+      const uint32_t* from = product + i * planes * kBlockColumns + half * 16;
+      __m512 value = Tiles::load(from);
+      for (int plane = 1; plane < planes; ++plane) {
+        value = _mm512_fmadd_ps(value, _mm512_set1_ps(kPlaneBase), Tiles::load(from + plane * kBlockColumns));
+      }
+      if constexpr (!Tiles::kCentred) value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(activation.sum[first + i]), value);
+      float* to = job.tile + (row + i) * kBlockColumns + half * 16;
+      const __m512 scaled = _mm512_mul_ps(scale, _mm512_set1_ps(activation.scale[first + i]));
+      Simd512::store(to, _mm512_fmadd_ps(value, scaled, Simd512::load(to)));
+    }
+  }
+}
+
 template <class Tiles>
 void multiply_with_tiles(const MultiplyJob& job) {
   const Activation& activation = *job.activation;
-  const int chunks = activation.group_size / kChunk;
   const int planes = planes_of(activation.format);
-  const int64_t row_words = activation.row_words();
+  const int64_t line_words = activation.group_size / kChunk * Tiles::kSteps;
+  const int64_t rows_at_once = 2 * kTileRows / planes;
   alignas(64) uint32_t product[2 * kTileRows * kBlockColumns];
-  const int64_t depth = row_words / planes;
-  const TileConfig config = tile_config(static_cast<int>(depth < kTileWords ? depth : kTileWords));
+  const TileConfig config = tile_config(static_cast<int>(line_words < kTileWords ? line_words : kTileWords));
   __asm__ volatile("" ::"r"(&config) : "memory"); // gcc thinks that _tile_loadconfig reads eight bytes only
   _tile_loadconfig(&config);
   std::memset(job.tile, 0, sizeof(float) * job.row_count * kBlockColumns);
   for (int64_t group = 0; group < activation.groups; ++group) {
-    decode_group<Tiles>(job.block, group, chunks, job.unpacked);
-    const __m512 scales[2] = {
-        Simd512::load_as<DType::f16>(job.block.scales, group * kBlockColumns),
-        Simd512::load_as<DType::f16>(job.block.scales, group * kBlockColumns + 16)};
-    for (int64_t row = 0; row < job.row_count; row += 2 * kTileRows) {
-      const int64_t rows = job.row_count - row < 2 * kTileRows ? job.row_count - row : 2 * kTileRows;
+    const void* codes = decode_ahead<Tiles>(job, group);
+    for (int64_t row = 0; row < job.row_count; row += rows_at_once) {
+      const int64_t left = job.row_count - row;
+      const int64_t rows = left < rows_at_once ? left : rows_at_once;
       const uint32_t* x = activation.row(group, job.row_begin + row);
-      if (rows > kTileRows) {
-        multiply_tiles<Tiles, true>(x, row_words, planes, job.unpacked, product);
+      if (rows * planes > kTileRows) {
+        multiply_tiles<Tiles, true>(x, line_words, codes, product);
       } else {
-        multiply_tiles<Tiles, false>(x, row_words, planes, job.unpacked, product);
+        multiply_tiles<Tiles, false>(x, line_words, codes, product);
       }
-      const float* steps = activation.scale + activation.row_index(group, job.row_begin + row);
-      float* tile = job.tile + row * kBlockColumns;
-      for (int64_t i = 0; i < rows; ++i) {
-        const __m512 step = _mm512_set1_ps(steps[i]);
-        for (int half = 0; half < 2; ++half) {
-          const int64_t at = i * kBlockColumns + half * 16;
-          const __m512 scaled = _mm512_mul_ps(scales[half], step);
-          Simd512::store(tile + at, _mm512_fmadd_ps(Tiles::load(product + at), scaled, Simd512::load(tile + at)));
-        }
-      }
+      fold<Tiles>(job, group, row, rows, product);
     }
   }
   _tile_release();
 }
 
-// Below these numbers of rows the vector kernels are faster.
+// Below these numbers of rows the vector kernels, or int24 for bf16, are faster.
 constexpr int64_t kRowsForInt8 = 4;
-constexpr int64_t kRowsForBf16 = 2;
-constexpr int64_t kRowsForPlanes = 4;
+constexpr int64_t kRowsForInt24 = 2;
+constexpr int64_t kRowsForBf16 = 12;
 
-Format choose_format(DType dtype, bool dynamic_int8, int64_t rows) {
+Format choose_format(DType dtype, bool dynamic_int8, int64_t rows, int bits) {
   if (dynamic_int8) return Format::int8;
-  if (dtype == DType::bf16) return rows >= kRowsForBf16 ? Format::bf16 : Format::f32;
-  if (rows < kRowsForPlanes) return Format::f32;
-  return dtype == DType::f16 ? Format::bf16x2 : Format::bf16x3;
+  return dtype == DType::bf16 && rows >= kRowsForBf16 && bits == 4 ? Format::bf16 : Format::int24;
 }
 
 void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end) {
@@ -191,13 +231,10 @@ void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t ro
 
 void multiply(const MultiplyJob& job) {
   const Format format = job.activation->format;
-  if (format == Format::f32 || (format == Format::int8 && job.activation->rows < kRowsForInt8)) {
-    kAvx512Bf16Kernels.multiply(job);
-  } else if (format == Format::int8) {
-    multiply_with_tiles<Int8Tiles>(job);
-  } else {
-    multiply_with_tiles<Bf16Tiles>(job);
-  }
+  if (format == Format::bf16) return multiply_with_tiles<Bf16Tiles>(job);
+  if (job.row_count < (format == Format::int8 ? kRowsForInt8 : kRowsForInt24)) return kAvx512Bf16Kernels.multiply(job);
+  if (job.bits == 8) return multiply_with_tiles<ByteTiles>(job);
+  multiply_with_tiles<Int8Tiles>(job);
 }
 
 void store(const StoreJob& job) { kAvx512Bf16Kernels.store(job); }

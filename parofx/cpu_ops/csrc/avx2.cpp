@@ -39,18 +39,22 @@ struct Avx2 {
   }
 
   // There are no bf16 products: bf16 inputs are multiplied in fp32.
-  static auto finish(Format format) { return format == Format::int8 ? finish_int8<Simd> : finish_f32<Simd>; }
+  static auto finish(Format format) { return format == Format::int8 ? finish_integer<Simd, Format::int8> : finish_f32<Simd>; }
 };
 
 struct DotF32 {
   using Acc = __m256;
   using Weights = __m256i;
-  static constexpr int kSteps = words_per_chunk(Format::f32);
+  static constexpr int kPlanes = 1;
+  static constexpr int kSteps = words_per_plane(Format::f32);
   static constexpr int kDirectRows = 2;
   static constexpr int kTileRows = 3; // 12 accumulators, 4 vectors of codes
   static Acc zero() { return _mm256_setzero_ps(); }
-  static Weights decode(__m256i words, int step) {
-    const __m256i code = _mm256_and_si256(_mm256_srli_epi32(words, 4 * step), _mm256_set1_epi32(15));
+  template <int kBits>
+  static Weights decode(const __m256i* words, int step) {
+    const __m256i shifted =
+        kBits == 8 ? _mm256_srli_epi32(words[step % 2], step / 2 * 8) : _mm256_srli_epi32(words[0], 4 * step);
+    const __m256i code = _mm256_and_si256(shifted, _mm256_set1_epi32((1 << kBits) - 1));
     return _mm256_castps_si256(_mm256_cvtepi32_ps(code));
   }
   static Acc mac(Acc acc, Weights codes, __m256i x) {
@@ -63,12 +67,14 @@ struct DotF32 {
 struct DotInt8 {
   using Acc = __m256i;
   using Weights = __m256i;
-  static constexpr int kSteps = words_per_chunk(Format::int8);
+  static constexpr int kPlanes = 1;
+  static constexpr int kSteps = words_per_plane(Format::int8);
   static constexpr int kDirectRows = 2;
   static constexpr int kTileRows = 2;
   static Acc zero() { return _mm256_setzero_si256(); }
-  static Weights decode(__m256i words, int step) {
-    return _mm256_and_si256(_mm256_srli_epi16(words, 4 * step), _mm256_set1_epi8(15));
+  template <int kBits>
+  static Weights decode(const __m256i* words, int step) {
+    return _mm256_and_si256(_mm256_srli_epi16(words[0], 4 * step), _mm256_set1_epi8(15));
   }
   static Acc mac(Acc acc, Weights codes, __m256i x) {
     // |pair| <= 2 · 15 · 127, far from the saturation of maddubs.
@@ -79,11 +85,15 @@ struct DotInt8 {
   static __m256 result(Acc acc) { return _mm256_cvtepi32_ps(acc); }
 };
 
-Format choose_format(DType, bool dynamic_int8, int64_t) { return dynamic_int8 ? Format::int8 : Format::f32; }
+// Pairs of products of 8-bit codes would saturate 16 bits.
+Format choose_format(DType, bool dynamic_int8, int64_t, int bits) {
+  return dynamic_int8 && bits == 4 ? Format::int8 : Format::f32;
+}
 
 void multiply(const MultiplyJob& job) {
-  if (job.activation->format == Format::int8) return multiply_with<Simd256, DotInt8>(job);
-  multiply_with<Simd256, DotF32>(job);
+  if (job.activation->format == Format::int8) return multiply_with<Simd256, DotInt8, 4>(job);
+  if (job.bits == 8) return multiply_with<Simd256, DotF32, 8>(job);
+  multiply_with<Simd256, DotF32, 4>(job);
 }
 
 } // namespace

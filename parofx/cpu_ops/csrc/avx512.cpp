@@ -6,18 +6,20 @@ namespace {
 
 struct Avx512 : Avx512Base {
   // There are no bf16 products: bf16 inputs are multiplied in fp32.
-  static auto finish(Format format) { return format == Format::int8 ? finish_int8<Simd> : finish_f32<Simd>; }
+  static auto finish(Format format) { return format == Format::int8 ? finish_integer<Simd, Format::int8> : finish_f32<Simd>; }
 };
 
 struct DotInt8 {
   using Acc = __m512i;
   using Weights = __m512i;
-  static constexpr int kSteps = words_per_chunk(Format::int8);
+  static constexpr int kPlanes = 1;
+  static constexpr int kSteps = words_per_plane(Format::int8);
   static constexpr int kDirectRows = 8;
   static constexpr int kTileRows = 12;
   static Acc zero() { return _mm512_setzero_si512(); }
-  static Weights decode(__m512i words, int step) {
-    return _mm512_and_si512(_mm512_srli_epi16(words, 4 * step), _mm512_set1_epi8(15));
+  template <int kBits>
+  static Weights decode(const __m512i* words, int step) {
+    return _mm512_and_si512(_mm512_srli_epi16(words[0], 4 * step), _mm512_set1_epi8(15));
   }
   static Acc mac(Acc acc, Weights codes, __m512i x) {
     // |pair| <= 2 · 15 · 127, far from the saturation of maddubs.
@@ -28,11 +30,15 @@ struct DotInt8 {
   static __m512 result(Acc acc) { return _mm512_cvtepi32_ps(acc); }
 };
 
-Format choose_format(DType, bool dynamic_int8, int64_t) { return dynamic_int8 ? Format::int8 : Format::f32; }
+// Pairs of products of 8-bit codes would saturate 16 bits.
+Format choose_format(DType, bool dynamic_int8, int64_t, int bits) {
+  return dynamic_int8 && bits == 4 ? Format::int8 : Format::f32;
+}
 
 void multiply(const MultiplyJob& job) {
-  if (job.activation->format == Format::int8) return multiply_with<Simd512, DotInt8>(job);
-  multiply_with<Simd512, DotF32>(job);
+  if (job.activation->format == Format::int8) return multiply_with<Simd512, DotInt8, 4>(job);
+  if (job.bits == 8) return multiply_with<Simd512, DotF32, 8>(job);
+  multiply_with<Simd512, DotF32, 4>(job);
 }
 
 } // namespace

@@ -4,22 +4,14 @@
 namespace parofx {
 namespace {
 
-// Splits a row into bf16 planes, each rounding what the ones before it left over.
-template <int kPlanes>
 void finish_bf16(const float* row, int group_size, uint32_t* words, float* scale, float* sum) {
   // Channels (0,4), (1,5), (2,6), (3,7) of each chunk meet in one word.
   const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
   __m512 total = _mm512_setzero_ps();
   for (int k = 0; k < group_size; k += Simd512::kLanes) {
-    __m512 rest = _mm512_loadu_ps(row + k);
-    for (int plane = 0; plane < kPlanes; ++plane) {
-      const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest));
-      const __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
-      total = _mm512_add_ps(total, value);
-      rest = _mm512_sub_ps(rest, value);
-      uint32_t* out = words + (plane * group_size + k) / 2;
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_shuffle_epi8(rounded, order));
-    }
+    const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(row + k)));
+    total = _mm512_add_ps(total, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + k / 2), _mm256_shuffle_epi8(rounded, order));
   }
   *scale = 1.0f;
   *sum = _mm512_reduce_add_ps(total);
@@ -28,11 +20,9 @@ void finish_bf16(const float* row, int group_size, uint32_t* words, float* scale
 struct Avx512Bf16 : Avx512Base {
   static auto finish(Format format) {
     switch (format) {
-      case Format::bf16: return finish_bf16<1>;
-      case Format::bf16x2: return finish_bf16<2>;
-      case Format::bf16x3: return finish_bf16<3>;
-      case Format::int8: return finish_int8<Simd>;
-      default: return finish_f32<Simd>;
+      case Format::bf16: return finish_bf16;
+      case Format::int8: return finish_integer<Simd, Format::int8>;
+      default: return finish_integer<Simd, Format::int24>;
     }
   }
 };
@@ -40,17 +30,20 @@ struct Avx512Bf16 : Avx512Base {
 struct DotBf16 {
   using Acc = __m512;
   using Weights = __m512i;
-  static constexpr int kSteps = words_per_chunk(Format::bf16);
+  static constexpr int kPlanes = 1;
+  static constexpr int kSteps = words_per_plane(Format::bf16);
   static constexpr int kDirectRows = 8;
   static constexpr int kTileRows = 12;
   static Acc zero() { return _mm512_setzero_ps(); }
   // Looks 0..15 up in bf16; the permutation reads five bits of each index and the table holds everything twice, so
   // the codes need no mask.
-  static Weights decode(__m512i words, int step) {
+  template <int kBits>
+  static Weights decode(const __m512i* words, int step) {
+    static_assert(kBits == 4);
     const __m256i half = _mm256_setr_epi16(
         0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150,
         0x4160, 0x4170);
-    return _mm512_permutexvar_epi16(_mm512_srli_epi32(words, 4 * step), _mm512_broadcast_i64x4(half));
+    return _mm512_permutexvar_epi16(_mm512_srli_epi32(words[0], 4 * step), _mm512_broadcast_i64x4(half));
   }
   static Acc mac(Acc acc, Weights codes, __m512i x) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(codes), reinterpret_cast<__m512bh>(x));
@@ -62,12 +55,15 @@ struct DotBf16 {
 struct DotInt8 {
   using Acc = __m512i;
   using Weights = __m512i;
-  static constexpr int kSteps = words_per_chunk(Format::int8);
+  static constexpr int kPlanes = 1;
+  static constexpr int kSteps = words_per_plane(Format::int8);
   static constexpr int kDirectRows = 8;
   static constexpr int kTileRows = 12;
   static Acc zero() { return _mm512_setzero_si512(); }
-  static Weights decode(__m512i words, int step) {
-    return _mm512_and_si512(_mm512_srli_epi16(words, 4 * step), _mm512_set1_epi8(15));
+  template <int kBits>
+  static Weights decode(const __m512i* words, int step) {
+    if constexpr (kBits == 8) return words[step];
+    return _mm512_and_si512(_mm512_srli_epi16(words[0], 4 * step), _mm512_set1_epi8(15));
   }
   // Written as assembly because gcc 12 spills accumulators around the intrinsic, at half the speed.
   static Acc mac(Acc acc, Weights codes, __m512i x) {
@@ -78,17 +74,24 @@ struct DotInt8 {
   static __m512 result(Acc acc) { return _mm512_cvtepi32_ps(acc); }
 };
 
-Format choose_format(DType dtype, bool dynamic_int8, int64_t) {
+// The same products, three times for every activation.
+struct DotInt24 : DotInt8 {
+  static constexpr int kPlanes = planes_of(Format::int24);
+  static constexpr int kDirectRows = 2;
+  static constexpr int kTileRows = 4;
+};
+
+Format choose_format(DType dtype, bool dynamic_int8, int64_t rows, int bits) {
   if (dynamic_int8) return Format::int8;
-  return dtype == DType::bf16 ? Format::bf16 : Format::f32;
+  // One row is a matter of decoding the weight, which integers make cheaper.
+  return dtype == DType::bf16 && rows > 1 && bits == 4 ? Format::bf16 : Format::int24;
 }
 
 void multiply(const MultiplyJob& job) {
-  switch (job.activation->format) {
-    case Format::int8: return multiply_with<Simd512, DotInt8>(job);
-    case Format::bf16: return multiply_with<Simd512, DotBf16>(job);
-    default: return multiply_with<Simd512, DotF32>(job);
-  }
+  const bool int8 = job.activation->format == Format::int8;
+  if (job.activation->format == Format::bf16) return multiply_with<Simd512, DotBf16, 4>(job);
+  if (job.bits == 4) return int8 ? multiply_with<Simd512, DotInt8, 4>(job) : multiply_with<Simd512, DotInt24, 4>(job);
+  int8 ? multiply_with<Simd512, DotInt8, 8>(job) : multiply_with<Simd512, DotInt24, 8>(job);
 }
 
 } // namespace

@@ -67,14 +67,20 @@ struct Avx512Base {
 struct DotF32 {
   using Acc = __m512;
   using Weights = __m512i;
-  static constexpr int kSteps = words_per_chunk(Format::f32);
+  static constexpr int kPlanes = 1;
+  static constexpr int kSteps = words_per_plane(Format::f32);
   static constexpr int kDirectRows = 8;
   static constexpr int kTileRows = 12; // 24 accumulators, 2 vectors of codes
   static Acc zero() { return _mm512_setzero_ps(); }
-  // The permutation reads four bits of each index, so the codes need no mask.
-  static Weights decode(__m512i words, int step) {
+  template <int kBits>
+  static Weights decode(const __m512i* words, int step) {
+    if constexpr (kBits == 8) {
+      const __m512i code = _mm512_and_si512(_mm512_srli_epi32(words[step % 2], step / 2 * 8), _mm512_set1_epi32(255));
+      return _mm512_castps_si512(_mm512_cvtepi32_ps(code));
+    }
+    // The permutation reads four bits of each index, so the codes need no mask.
     const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_castps_si512(_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * step), values));
+    return _mm512_castps_si512(_mm512_permutexvar_ps(_mm512_srli_epi32(words[0], 4 * step), values));
   }
   static Acc mac(Acc acc, Weights codes, __m512i x) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(codes), _mm512_castsi512_ps(x), acc);

@@ -14,21 +14,23 @@ enum class DType { f32, bf16, f16 };
 // of a chunk of 8 channels meets the weight codes that the same kernel decodes in step s:
 //   f32   8 words a chunk, word j = channel j
 //   bf16  4 words a chunk, word j = channels (j, j+4)
-//   bf16x2, bf16x3   as bf16, but two or three runs, whose sum is the activation
 //   int8  2 words a chunk, word j = channels (j, j+2, j+4, j+6), symmetric, one scale per (row, group)
-enum class Format { f32, bf16, bf16x2, bf16x3, int8 };
+//   int24 as int8, but a run for each of three digits, so that the step is 2^-16 as large: at most 2^-24 of the
+//         group's largest value is lost, which is what fp32 sums lose, and products are those of int8
+enum class Format { f32, bf16, int8, int24 };
 
-constexpr int planes_of(Format format) { return format == Format::bf16x2 ? 2 : format == Format::bf16x3 ? 3 : 1; }
+// Runs ("planes") of a row, the most significant first; each counts kPlaneBase times the next.
+constexpr int planes_of(Format format) { return format == Format::int24 ? 3 : 1; }
+constexpr float kPlaneBase = 256.0f;
 
-constexpr int words_per_chunk(Format format) {
-  return format == Format::f32 ? 8 : format == Format::int8 ? 2 : 4 * planes_of(format);
-}
+constexpr int words_per_plane(Format format) { return format == Format::f32 ? 8 : format == Format::bf16 ? 4 : 2; }
+constexpr int words_per_chunk(Format format) { return planes_of(format) * words_per_plane(format); }
 
 // Kernels may read, and ignore, as many rows past the last.
 constexpr int kPaddingRows = 32;
 
 // Rotated activations of one distinct rotation: words [G][rows][g/8 · words_per_chunk], scale and sum [G][rows].
-// `sum` is the sum of the stored values, which the zero point multiplies; `scale` is 1 unless int8.
+// `sum` is the sum of the stored values, which the zero point multiplies; `scale` is 1 unless they are integers.
 struct Activation {
   Format format;
   int group_size;
@@ -62,6 +64,7 @@ struct Block {
 struct MultiplyJob {
   const Activation* activation;
   Block block;
+  int bits; // 4 or 8
   int64_t row_begin;
   int64_t row_count;
   float* tile;        // out: (row_count, 32), row_begin's row first
@@ -81,8 +84,8 @@ struct StoreJob {
 struct Kernels {
   const char* isa;
   int row_tile; // rows that one call of `prepare` handles best
-  // The format for activations of `dtype`; dynamic_int8 asks for int8.
-  Format (*format)(DType dtype, bool dynamic_int8, int64_t rows);
+  // The format for activations of `dtype` that meet weights of `bits`; dynamic_int8 asks for int8.
+  Format (*format)(DType dtype, bool dynamic_int8, int64_t rows, int bits);
   void (*prepare)(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end);
   void (*multiply)(const MultiplyJob& job);
   void (*store)(const StoreJob& job);

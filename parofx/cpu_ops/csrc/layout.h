@@ -1,10 +1,12 @@
 // The memory layouts that every kernel reads. parofx/cpu_ops/layout.py writes them.
 //
-// Weight: the 4-bit codes of eight consecutive input channels of one output channel form one 32-bit word, channel
-// 8c+j in bits 4j..4j+3. The word matrix (K/8, N) is cut into blocks of 32 columns; each block is stored row by row,
-// so a kernel streams one block from front to back. The last block is as narrow as N leaves it: nothing is padded.
+// Weight: the codes of eight consecutive input channels of one output channel (a "chunk") form 32-bit words. With 4 bits
+// it is one word, channel 8c+j in bits 4j..4j+3. With 8 bits they are two, of which word w holds channels 8c+w, 8c+w+2,
+// 8c+w+4 and 8c+w+6, the first in the lowest byte. The matrix of words (K/8 · bits/4, N) is cut into blocks of 32
+// columns; each block is stored row by row, so a kernel streams one block from front to back. The last block is as
+// narrow as N leaves it: nothing is padded.
 //
-//   block b: words [K/8][width]     width = min(32, N - 32b), at byte 32b·K/2
+//   block b: words [K/8 · bits/4][width]     width = min(32, N - 32b), at byte 32b·K·bits/8
 //            scales fp16 [K/g][width], zeros uint8 [K/g][width], at element 32b·K/g
 //   W[k, n] = (code[k, n] - zero[k/g, n]) · scale[k/g, n]
 //
@@ -24,7 +26,7 @@
 namespace parofx {
 
 constexpr int kBlockColumns = 32;
-constexpr int kChunk = 8;          // input channels in one weight word
+constexpr int kChunk = 8;          // input channels whose codes are stored together
 constexpr int kMaxGroupSize = 128; // group sizes are 32, 64 and 128
 
 struct RotationLayout {

@@ -100,7 +100,7 @@ class Run {
   }
 
   void carve(Carver& carver) {
-    const Format format = kernels_.format(call_.dtype, call_.dynamic_int8, call_.rows);
+    const Format format = kernels_.format(call_.dtype, call_.dynamic_int8, call_.rows, call_.bits);
     activations_.clear();
     for (size_t i = 0; i < call_.rotations.size(); ++i) {
       Activation activation{format, call_.group_size, call_.rows, groups_, nullptr, nullptr, nullptr};
@@ -117,7 +117,7 @@ class Run {
       space.tile = carver.take<float>(ceil_div(call_.rows, row_panels_) * kBlockColumns);
       space.unpacked = carver.take<uint32_t>(int64_t{kBlockColumns} * call_.group_size);
       space.bias = carver.take<float>(kBlockColumns);
-      space.weight = carver.take<uint8_t>(tail * call_.group_size / 2);
+      space.weight = carver.take<uint8_t>(tail * call_.group_size * call_.bits / 8);
       space.scales = carver.take<uint16_t>(tail);
       space.zeros = carver.take<uint8_t>(tail);
       workspaces_.push_back(space);
@@ -154,12 +154,12 @@ class Run {
     const int64_t column = block * kBlockColumns;
     const int columns = static_cast<int>(std::min<int64_t>(kBlockColumns, linear.out_features - column));
     Block packed{
-        linear.weight + column * call_.in_features / 2,
+        linear.weight + column * call_.in_features * call_.bits / 8,
         linear.scales + column * groups_,
         linear.zeros + column * groups_,
     };
     if (columns < kBlockColumns) packed = widen(packed, columns, space);
-    kernels_.multiply({&activations_[linear.rotation], packed, row, rows, space.tile, space.unpacked});
+    kernels_.multiply({&activations_[linear.rotation], packed, call_.bits, row, rows, space.tile, space.unpacked});
 
     for (int n = 0; n < kBlockColumns; ++n) {
       space.bias[n] = linear.bias && n < columns ? load_float(linear.bias_dtype, linear.bias, column + n) : 0.0f;
@@ -171,7 +171,7 @@ class Run {
 
   // Copies a narrow block to full width; the added columns have scale 0.
   Block widen(const Block& narrow, int columns, const Workspace& space) const {
-    const int64_t word_rows = call_.in_features / kChunk;
+    const int64_t word_rows = call_.in_features / kChunk * call_.bits / 4;
     widen_rows(narrow.weight, space.weight, word_rows, columns * sizeof(uint32_t), kBlockColumns * sizeof(uint32_t));
     widen_rows(narrow.scales, space.scales, groups_, columns * sizeof(uint16_t), kBlockColumns * sizeof(uint16_t));
     widen_rows(narrow.zeros, space.zeros, groups_, columns, kBlockColumns);

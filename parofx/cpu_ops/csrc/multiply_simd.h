@@ -1,11 +1,13 @@
-// The int4 product of one block of 32 columns, written once for every vector width and activation format.
+// The product of one block of 32 columns, written once for every vector width, activation format and width of codes.
 //
-// A `Dot` decodes step s of a word of eight codes and multiplies it with 32 bits of activation:
-//   kSteps            steps in a word, equal to words_per_chunk of its format
-//   Weights decode(words, s)      the codes of step s, one 32-bit element per column
+// A `Dot` decodes step s of a chunk of eight codes and multiplies it with 32 bits of activation:
+//   kSteps            steps in a chunk, equal to words_per_plane of its format
+//   kPlanes           digits of an activation, equal to planes_of its format
+//   kDirectRows       most rows that read the codes straight from memory; more first decode a group into the L1 cache
+//   kTileRows         most rows multiplied at a time from there
+//   Weights decode<bits>(words, s)   the codes of step s, one 32-bit element per column, of bits/4 words per column
 //   Acc mac(acc, weights, x)      acc + weights · x, x being one activation word in every lane
 //   Acc join(a, b), Float result(acc)
-// Few rows read the codes straight from memory. More rows first decode one group into the L1 cache.
 #pragma once
 
 #include "numeric.h"
@@ -17,7 +19,7 @@ namespace {
 constexpr int kPrefetchBytes = 4096;
 
 // The group size is a constant, so that every row of a tile is a fixed offset from the first.
-template <class Simd, class Dot, int kGroupSize>
+template <class Simd, class Dot, int kBits, int kGroupSize>
 class Multiply {
   using Float = typename Simd::Float;
   using Int = typename Simd::Int;
@@ -26,8 +28,12 @@ class Multiply {
   static constexpr int kSteps = Dot::kSteps;
   static constexpr int kHalfTile = (Dot::kTileRows + 1) / 2;
   static constexpr int kChunks = kGroupSize / kChunk;
-  static constexpr int kRowWords = kChunks * kSteps;
-  static constexpr int kChunkBytes = kBlockColumns * sizeof(uint32_t);
+  static constexpr int kPlaneWords = kChunks * kSteps;
+  static constexpr int kPlanes = Dot::kPlanes;
+  static constexpr int kRowWords = kPlanes * kPlaneWords;
+  static constexpr int kWords = kBits / 4; // of a column and chunk
+  static constexpr int kWordBytes = kBlockColumns * sizeof(uint32_t);
+  static constexpr int kChunkBytes = kWords * kWordBytes;
   // Cutting more than kDirectRows rows into nearly equal tiles leaves none smaller than this.
   static constexpr int kSmallestTile = kHalfTile <= Dot::kDirectRows ? kHalfTile : Dot::kDirectRows + 1;
 
@@ -50,9 +56,19 @@ class Multiply {
     return job.activation->words + job.activation->row_index(group, job.row_begin + row) * kRowWords;
   }
 
-  // total += scale · step · (dot − zero · sum)
+  [[gnu::always_inline]] static void load_chunk(const uint8_t* weight, int vector, Int (&words)[kWords]) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kWords; ++i) words[i] = Simd::load_int(weight + i * kWordBytes + vector * sizeof(Int));
+  }
+
+  [[gnu::always_inline]] static void prefetch_chunk(const uint8_t* weight) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChunkBytes; i += 64) Simd::prefetch(weight + kPrefetchBytes + i);
+  }
+
+  // total += scale · step · (dot − zero · sum), with one product per plane.
   [[gnu::always_inline]] static void fold(
-      const MultiplyJob& job, int64_t group, int64_t row, const Acc (&dot)[kVectors], Float (&total)[kVectors]) {
+      const MultiplyJob& job, int64_t group, int64_t row, const Acc (*products)[kVectors], Float (&total)[kVectors]) {
     const int64_t index = job.activation->row_index(group, job.row_begin + row);
     const Float sum = Simd::broadcast(job.activation->sum[index]);
     const Float step = Simd::broadcast(job.activation->scale[index]);
@@ -60,7 +76,12 @@ class Multiply {
     for (int i = 0; i < kVectors; ++i) {
       const int64_t column = group * kBlockColumns + i * Simd::kLanes;
       const Float scale = Simd::mul(step, Simd::template load_as<DType::f16>(job.block.scales, column));
-      const Float centred = Simd::fnmadd(Simd::load_bytes(job.block.zeros + column), sum, Dot::result(dot[i]));
+      Float dot = Dot::result(products[0][i]);
+#pragma GCC unroll 3
+      for (int plane = 1; plane < kPlanes; ++plane) {
+        dot = Simd::fmadd(dot, Simd::broadcast(kPlaneBase), Dot::result(products[plane][i]));
+      }
+      const Float centred = Simd::fnmadd(Simd::load_bytes(job.block.zeros + column), sum, dot);
       total[i] = Simd::fmadd(centred, scale, total[i]);
     }
   }
@@ -81,59 +102,59 @@ class Multiply {
   template <int kRows>
   [[gnu::always_inline]] static void direct_group(
       const MultiplyJob& job, int64_t group, Float (&totals)[kRows][kVectors]) {
-    // With few rows, several sums per column keep the multipliers busy for the length of their pipeline.
-    constexpr int kWanted = kRows * kVectors >= 8 ? 1 : 8 / (kRows * kVectors);
+    constexpr int kLines = kRows * kPlanes; // of activation words
+    // With few of them, several sums per column keep the multipliers busy for the length of their pipeline.
+    constexpr int kWanted = kLines * kVectors >= 8 ? 1 : kLines * kVectors >= 4 ? 2 : 4;
     constexpr int kSums = kWanted < kSteps ? kWanted : kSteps;
     const uint8_t* weight = weight_of(job, group);
     const uint32_t* x = row_of(job, group, 0);
-    Acc acc[kRows][kVectors][kSums];
+    Acc acc[kLines][kVectors][kSums];
 #pragma GCC unroll 64
-    for (int i = 0; i < kRows * kVectors * kSums; ++i) (&acc[0][0][0])[i] = Dot::zero();
-#pragma GCC unroll 2
+    for (int i = 0; i < kLines * kVectors * kSums; ++i) (&acc[0][0][0])[i] = Dot::zero();
     for (int chunk = 0; chunk < kChunks; ++chunk, weight += kChunkBytes) {
-      Int words[kVectors];
+      Int words[kVectors][kWords];
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) words[i] = Simd::load_int(weight + i * sizeof(Int));
-      Simd::prefetch(weight + kPrefetchBytes);
-      Simd::prefetch(weight + kPrefetchBytes + 64);
+      for (int i = 0; i < kVectors; ++i) load_chunk(weight, i, words[i]);
+      prefetch_chunk(weight);
 #pragma GCC unroll 8
       for (int step = 0; step < kSteps; ++step) {
         typename Dot::Weights codes[kVectors];
 #pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) codes[i] = Dot::decode(words[i], step);
+        for (int i = 0; i < kVectors; ++i) codes[i] = Dot::template decode<kBits>(words[i], step);
 #pragma GCC unroll 8
-        for (int row = 0; row < kRows; ++row) {
-          const Int v = Simd::broadcast_word(x + row * kRowWords + chunk * kSteps + step);
+        for (int line = 0; line < kLines; ++line) {
+          const Int v = Simd::broadcast_word(x + line * kPlaneWords + chunk * kSteps + step);
 #pragma GCC unroll 4
           for (int i = 0; i < kVectors; ++i) {
-            acc[row][i][step % kSums] = Dot::mac(acc[row][i][step % kSums], codes[i], v);
+            acc[line][i][step % kSums] = Dot::mac(acc[line][i][step % kSums], codes[i], v);
           }
         }
       }
     }
+    Acc products[kLines][kVectors];
 #pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) {
-      Acc dot[kVectors];
+    for (int line = 0; line < kLines; ++line) {
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) {
-        dot[i] = acc[row][i][0];
+        products[line][i] = acc[line][i][0];
 #pragma GCC unroll 8
-        for (int part = 1; part < kSums; ++part) dot[i] = Dot::join(dot[i], acc[row][i][part]);
+        for (int part = 1; part < kSums; ++part) products[line][i] = Dot::join(products[line][i], acc[line][i][part]);
       }
-      fold(job, group, row, dot, totals[row]);
     }
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) fold(job, group, row, products + row * kPlanes, totals[row]);
   }
 
   static void unpack(const uint8_t* weight, uint32_t* out) {
     for (int chunk = 0; chunk < kChunks; ++chunk, weight += kChunkBytes) {
-      Simd::prefetch(weight + kPrefetchBytes);
-      Simd::prefetch(weight + kPrefetchBytes + 64);
+      prefetch_chunk(weight);
       for (int i = 0; i < kVectors; ++i) {
-        const Int words = Simd::load_int(weight + i * sizeof(Int));
+        Int words[kWords];
+        load_chunk(weight, i, words);
 #pragma GCC unroll 8
         for (int step = 0; step < kSteps; ++step) {
-          Simd::store_int(
-              out + (chunk * kSteps + step) * kBlockColumns + i * Simd::kLanes, Dot::decode(words, step));
+          uint32_t* to = out + (chunk * kSteps + step) * kBlockColumns + i * Simd::kLanes;
+          Simd::store_int(to, Dot::template decode<kBits>(words, step));
         }
       }
     }
@@ -154,21 +175,22 @@ class Multiply {
       if constexpr (kRows > kSmallestTile) tile<kRows - 1>(job, group, begin, rows);
       return;
     }
+    constexpr int kLines = kRows * kPlanes;
     const uint32_t* x = row_of(job, group, begin);
-    Acc acc[kRows][kVectors];
+    Acc acc[kLines][kVectors];
 #pragma GCC unroll 64
-    for (int i = 0; i < kRows * kVectors; ++i) (&acc[0][0])[i] = Dot::zero();
-    for (int step = 0; step < kRowWords; ++step) {
+    for (int i = 0; i < kLines * kVectors; ++i) (&acc[0][0])[i] = Dot::zero();
+    for (int step = 0; step < kPlaneWords; ++step) {
       typename Dot::Weights codes[kVectors];
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) {
         codes[i] = Simd::load_int(job.unpacked + step * kBlockColumns + i * Simd::kLanes);
       }
 #pragma GCC unroll 16
-      for (int row = 0; row < kRows; ++row) {
-        const Int v = Simd::broadcast_word(x + row * kRowWords + step);
+      for (int line = 0; line < kLines; ++line) {
+        const Int v = Simd::broadcast_word(x + line * kPlaneWords + step);
 #pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) acc[row][i] = Dot::mac(acc[row][i], codes[i], v);
+        for (int i = 0; i < kVectors; ++i) acc[line][i] = Dot::mac(acc[line][i], codes[i], v);
       }
     }
 #pragma GCC unroll 16
@@ -176,18 +198,18 @@ class Multiply {
       float* tile = job.tile + (begin + row) * kBlockColumns;
       Float total[kVectors];
       for (int i = 0; i < kVectors; ++i) total[i] = Simd::load(tile + i * Simd::kLanes);
-      fold(job, group, begin + row, acc[row], total);
+      fold(job, group, begin + row, acc + row * kPlanes, total);
       for (int i = 0; i < kVectors; ++i) Simd::store(tile + i * Simd::kLanes, total[i]);
     }
   }
 };
 
-template <class Simd, class Dot>
+template <class Simd, class Dot, int kBits>
 void multiply_with(const MultiplyJob& job) {
   switch (job.activation->group_size) {
-    case 32: return Multiply<Simd, Dot, 32>::run(job);
-    case 64: return Multiply<Simd, Dot, 64>::run(job);
-    default: return Multiply<Simd, Dot, 128>::run(job);
+    case 32: return Multiply<Simd, Dot, kBits, 32>::run(job);
+    case 64: return Multiply<Simd, Dot, kBits, 64>::run(job);
+    default: return Multiply<Simd, Dot, kBits, 128>::run(job);
   }
 }
 

@@ -51,6 +51,11 @@ inline uint16_t float_to_f16(float value) {
   return sign | static_cast<uint16_t>((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13);
 }
 
+// The code of a group's largest activation.
+constexpr float largest_code(Format format) { return format == Format::int24 ? 127.0f * 65536.0f : 127.0f; }
+// Groups whose activations are all smaller count as zero, lest the inverse of a step overflow.
+constexpr float kSmallestPeak = 1e-30f;
+
 inline float load_float(DType dtype, const void* data, int64_t index) {
   if (dtype == DType::f32) return static_cast<const float*>(data)[index];
   const uint16_t bits = static_cast<const uint16_t*>(data)[index];

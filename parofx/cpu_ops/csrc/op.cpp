@@ -1,4 +1,4 @@
-// parofx_cpu::rotate_int4_linear and parofx_cpu::isa on torch's stable ABI: checks, outputs, and one call.
+// parofx_cpu::rotate_linear, rotate_int4_linear and isa on torch's stable ABI: checks, outputs, and one call.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,7 +17,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr const char* kName = "parofx_cpu::rotate_int4_linear";
+constexpr const char* kName = "parofx_cpu";
 constexpr const char* kPack = "pack it with parofx.cpu_ops.pack_weight";
 
 parofx::DType float_dtype(const Tensor& tensor, const char* what) {
@@ -83,13 +83,14 @@ parofx::Rotation read_rotation(const Tensor& blob, int64_t in_features, size_t i
 }
 
 parofx::Linear read_linear(
-    const Tensor& weight, const Tensor& scales, const Tensor& zeros, const std::optional<Tensor>& bias,
-    int64_t in_features, int64_t groups, size_t index) {
+    const parofx::LinearCall& call, const Tensor& weight, const Tensor& scales, const Tensor& zeros,
+    const std::optional<Tensor>& bias, size_t index) {
   check_packed(weight, ScalarType::Byte, "weights", index);
   check_packed(scales, ScalarType::Half, "scales", index);
   check_packed(zeros, ScalarType::Byte, "zeros", index);
   const int64_t out_features = weight.dim() == 2 ? weight.size(0) : -1;
-  check_shape(weight, out_features, in_features / 2, "weights", index);
+  const int64_t groups = call.in_features / call.group_size;
+  check_shape(weight, out_features, call.in_features * call.bits / 8, "weights", index);
   check_shape(scales, out_features, groups, "scales", index);
   check_shape(zeros, out_features, groups, "zeros", index);
   parofx::Linear linear{};
@@ -129,30 +130,23 @@ int thread_count() {
   return static_cast<int>(torch::stable::get_num_threads());
 }
 
-std::vector<Tensor> rotate_int4_linear(
-    Tensor x, std::vector<Tensor> rotations, std::vector<Tensor> weights, std::vector<Tensor> scales,
-    std::vector<Tensor> zeros, std::vector<std::optional<Tensor>> biases, int64_t group_size,
-    int64_t activation_mode) {
-  const size_t count = weights.size();
+// What does not depend on the linears. `x` is replaced by a copy where its rows have no common stride.
+parofx::LinearCall begin_call(Tensor& x, int64_t bits, int64_t group_size, int64_t activation_mode) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, kName, ": x must be a CPU tensor of shape (..., K)");
-  STD_TORCH_CHECK(
-      count > 0 && scales.size() == count && zeros.size() == count && biases.size() == count &&
-          (rotations.size() == 1 || rotations.size() == count),
-      kName, ": weights, scales, zeros and biases must have one entry per linear and rotations one, or one per linear; "
-      "got ", count, ", ", scales.size(), ", ", zeros.size(), ", ", biases.size(), " and ", rotations.size());
+  STD_TORCH_CHECK(bits == 4 || bits == 8, kName, ": bits must be 4 or 8, got ", bits);
   STD_TORCH_CHECK(
       group_size == 32 || group_size == 64 || group_size == 128, kName, ": group_size must be 32, 64 or 128, got ",
       group_size, "; use the operator parofx::rotate_int4_linear");
   STD_TORCH_CHECK(
       activation_mode == 0 || activation_mode == 1, kName,
       ": activation_mode must be 0 (as x) or 1 (dynamic int8), got ", activation_mode);
-
   parofx::LinearCall call{};
   call.in_features = x.size(-1);
   STD_TORCH_CHECK(
       call.in_features > 0 && call.in_features % group_size == 0, kName,
       ": group_size must divide in_features: got ", group_size, " and ", call.in_features);
   call.dtype = float_dtype(x, "x");
+  call.bits = static_cast<int>(bits);
   call.group_size = static_cast<int>(group_size);
   call.dynamic_int8 = activation_mode == 1;
   call.rows = x.numel() / call.in_features;
@@ -162,7 +156,41 @@ std::vector<Tensor> rotate_int4_linear(
     call.row_stride = call.in_features;
   }
   call.x = x.data_ptr();
+  return call;
+}
 
+// Adds a linear to `call` and returns its output, which is yet to be computed.
+Tensor add_linear(parofx::LinearCall& call, const Tensor& x, parofx::Linear linear, int rotation) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = linear.out_features;
+  Tensor output = empty_like_x(x, shape);
+  linear.y = output.data_ptr();
+  linear.rotation = rotation;
+  call.linears.push_back(linear);
+  return output;
+}
+
+Tensor rotate_linear(
+    Tensor x, Tensor rotation, Tensor weight, Tensor scales, Tensor zeros, std::optional<Tensor> bias, int64_t bits,
+    int64_t group_size, int64_t activation_mode) {
+  parofx::LinearCall call = begin_call(x, bits, group_size, activation_mode);
+  call.rotations.push_back(read_rotation(rotation, call.in_features, 0));
+  Tensor output = add_linear(call, x, read_linear(call, weight, scales, zeros, bias, 0), 0);
+  parofx::run_linears(call, thread_count());
+  return output;
+}
+
+std::vector<Tensor> rotate_int4_linear(
+    Tensor x, std::vector<Tensor> rotations, std::vector<Tensor> weights, std::vector<Tensor> scales,
+    std::vector<Tensor> zeros, std::vector<std::optional<Tensor>> biases, int64_t group_size,
+    int64_t activation_mode) {
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(
+      count > 0 && scales.size() == count && zeros.size() == count && biases.size() == count &&
+          (rotations.size() == 1 || rotations.size() == count),
+      kName, ": weights, scales, zeros and biases must have one entry per linear and rotations one, or one per linear; "
+      "got ", count, ", ", scales.size(), ", ", zeros.size(), ", ", biases.size(), " and ", rotations.size());
+  parofx::LinearCall call = begin_call(x, 4, group_size, activation_mode);
   call.rotations.reserve(rotations.size());
   for (size_t i = 0; i < rotations.size(); ++i) {
     call.rotations.push_back(read_rotation(rotations[i], call.in_features, i));
@@ -170,15 +198,9 @@ std::vector<Tensor> rotate_int4_linear(
   std::vector<Tensor> outputs;
   outputs.reserve(count);
   call.linears.reserve(count);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   for (size_t i = 0; i < count; ++i) {
-    parofx::Linear linear =
-        read_linear(weights[i], scales[i], zeros[i], biases[i], call.in_features, call.in_features / group_size, i);
-    shape.back() = linear.out_features;
-    outputs.push_back(empty_like_x(x, shape));
-    linear.y = outputs.back().data_ptr();
-    linear.rotation = rotations.size() == 1 ? 0 : static_cast<int>(i);
-    call.linears.push_back(linear);
+    const parofx::Linear linear = read_linear(call, weights[i], scales[i], zeros[i], biases[i], i);
+    outputs.push_back(add_linear(call, x, linear, rotations.size() == 1 ? 0 : static_cast<int>(i)));
   }
   parofx::run_linears(call, thread_count());
   return outputs;
@@ -190,12 +212,16 @@ std::string isa() { return parofx::active_kernels().isa; }
 
 STABLE_TORCH_LIBRARY(parofx_cpu, library) {
   library.def(
+      "rotate_linear(Tensor x, Tensor rotation, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias, int bits, "
+      "int group_size, int activation_mode) -> Tensor");
+  library.def(
       "rotate_int4_linear(Tensor x, Tensor[] rotations, Tensor[] weights, Tensor[] scales, Tensor[] zeros, "
       "Tensor?[] biases, int group_size, int activation_mode) -> Tensor[]");
   library.def("isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(parofx_cpu, CPU, library) {
+  library.impl("rotate_linear", TORCH_BOX(&rotate_linear));
   library.impl("rotate_int4_linear", TORCH_BOX(&rotate_int4_linear));
 }
 

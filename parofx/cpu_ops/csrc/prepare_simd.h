@@ -81,24 +81,36 @@ void finish_f32(const float* row, int group_size, uint32_t* words, float* scale,
   *sum = Simd::sum(total);
 }
 
-template <class Simd>
-void finish_int8(const float* row, int group_size, uint32_t* words, float* scale, float* sum) {
+// Format::int8 and Format::int24.
+template <class Simd, Format format>
+void finish_integer(const float* row, int group_size, uint32_t* words, float* scale, float* sum) {
+  constexpr int planes = planes_of(format);
+  constexpr float limit = largest_code(format);
   auto largest = Simd::zero();
-  auto magnitude = Simd::zero(); // not finite when any value is not, which must reach the output
+  auto poison = Simd::zero(); // NaN when any value is not finite, which must reach the output
   for (int k = 0; k < group_size; k += Simd::kLanes) {
-    const auto v = Simd::abs(Simd::load(row + k));
-    largest = Simd::max(largest, v);
-    magnitude = Simd::add(magnitude, v);
+    const auto v = Simd::load(row + k);
+    largest = Simd::max(largest, Simd::abs(v));
+    poison = Simd::fmadd(v, Simd::zero(), poison);
   }
   const float peak = Simd::maximum(largest);
-  const auto inverse = Simd::broadcast(peak > 0.0f ? 127.0f / peak : 0.0f);
+  const auto inverse = Simd::broadcast(peak > kSmallestPeak ? limit / peak : 0.0f);
   auto total = Simd::zero_int();
   for (int k = 0; k < group_size; k += Simd::kLanes) {
     const auto codes = Simd::round(Simd::mul(Simd::load(row + k), inverse));
     total = Simd::add_int(total, codes);
-    Simd::store_int8(words + k / kChunk * words_per_chunk(Format::int8), codes);
+    uint32_t* out = words + k / kChunk * words_per_plane(format);
+    if constexpr (planes == 1) {
+      Simd::store_int8(out, codes);
+    } else {
+      const auto digits = Simd::signed_digits(codes);
+      const int stride = group_size / kChunk * words_per_plane(format);
+      Simd::store_int8(out, Simd::template shift_right<16>(digits));
+      Simd::store_int8(out + stride, Simd::template shift_right<8>(digits));
+      Simd::store_int8(out + 2 * stride, digits);
+    }
   }
-  *scale = peak / 127.0f + Simd::sum(magnitude) * 0.0f;
+  *scale = peak / limit + Simd::sum(poison);
   *sum = static_cast<float>(Simd::sum_int(total));
 }
 

@@ -11,7 +11,7 @@
 namespace parofx {
 namespace {
 
-Format choose_format(DType, bool dynamic_int8, int64_t) { return dynamic_int8 ? Format::int8 : Format::f32; }
+Format choose_format(DType, bool dynamic_int8, int64_t, int) { return dynamic_int8 ? Format::int8 : Format::f32; }
 
 void rotate_row(float* v, const GroupRotation& rotation) {
   const int group_size = rotation.layout.group_size;
@@ -42,14 +42,15 @@ void finish_f32(const float* v, int group_size, uint32_t* words, float* scale, f
 }
 
 void finish_int8(const float* v, int group_size, uint32_t* words, float* scale, float* sum) {
+  constexpr float limit = largest_code(Format::int8);
   float largest = 0.0f;
-  float magnitude = 0.0f; // not finite when any value is not, which must reach the output
+  float poison = 0.0f; // NaN when any value is not finite, which must reach the output
   for (int k = 0; k < group_size; ++k) {
     largest = std::fmax(largest, std::fabs(v[k]));
-    magnitude += std::fabs(v[k]);
+    poison += v[k] * 0.0f;
   }
-  const bool usable = std::isfinite(magnitude) && largest > 0.0f;
-  const float inverse = usable ? 127.0f / largest : 0.0f;
+  const bool usable = poison == 0.0f && largest > kSmallestPeak;
+  const float inverse = usable ? limit / largest : 0.0f;
   int total = 0;
   for (int k = 0; k < group_size; ++k) {
     const int code = usable ? static_cast<int>(std::nearbyintf(v[k] * inverse)) : 0;
@@ -58,7 +59,7 @@ void finish_int8(const float* v, int group_size, uint32_t* words, float* scale, 
     auto* bytes = reinterpret_cast<int8_t*>(words + k / kChunk * words_per_chunk(Format::int8));
     bytes[in_chunk % 2 * 4 + in_chunk / 2] = static_cast<int8_t>(code);
   }
-  *scale = largest / 127.0f + magnitude * 0.0f;
+  *scale = largest / limit + poison;
   *sum = static_cast<float>(total);
 }
 
@@ -80,7 +81,8 @@ void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t ro
 }
 
 // Σ_k code[k, n] · v[k] over one group, for the 32 columns of a block.
-void dot_group(const uint8_t* weight, const uint32_t* activation, Format format, int chunks, float* dot) {
+void dot_group(const uint8_t* weight, int bits, const uint32_t* activation, Format format, int chunks, float* dot) {
+  constexpr int64_t word_bytes = kBlockColumns * sizeof(uint32_t);
   for (int n = 0; n < kBlockColumns; ++n) dot[n] = 0.0f;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     float v[kChunk];
@@ -90,10 +92,14 @@ void dot_group(const uint8_t* weight, const uint32_t* activation, Format format,
     } else {
       std::memcpy(v, activation + chunk * words_per_chunk(format), sizeof v);
     }
-    uint32_t words[kBlockColumns];
-    std::memcpy(words, weight + chunk * sizeof words, sizeof words);
     for (int j = 0; j < kChunk; ++j) {
-      for (int n = 0; n < kBlockColumns; ++n) dot[n] += static_cast<float>((words[n] >> (4 * j)) & 15u) * v[j];
+      const int word = bits == 8 ? 2 * chunk + j % 2 : chunk;
+      const int shift = bits == 8 ? j / 2 * 8 : 4 * j;
+      uint32_t words[kBlockColumns];
+      std::memcpy(words, weight + word * word_bytes, sizeof words);
+      for (int n = 0; n < kBlockColumns; ++n) {
+        dot[n] += static_cast<float>((words[n] >> shift) & ((1u << bits) - 1)) * v[j];
+      }
     }
   }
 }
@@ -103,7 +109,7 @@ void multiply(const MultiplyJob& job) {
   const int chunks = activation.group_size / kChunk;
   std::memset(job.tile, 0, sizeof(float) * job.row_count * kBlockColumns);
   for (int64_t group = 0; group < activation.groups; ++group) {
-    const uint8_t* weight = job.block.weight + group * chunks * kBlockColumns * sizeof(uint32_t);
+    const uint8_t* weight = job.block.weight + group * chunks * kBlockColumns * job.bits;
     float scales[kBlockColumns];
     float zeros[kBlockColumns];
     for (int n = 0; n < kBlockColumns; ++n) {
@@ -113,7 +119,7 @@ void multiply(const MultiplyJob& job) {
     for (int64_t row = 0; row < job.row_count; ++row) {
       const int64_t index = activation.row_index(group, job.row_begin + row);
       float dot[kBlockColumns];
-      dot_group(weight, activation.row(group, job.row_begin + row), activation.format, chunks, dot);
+      dot_group(weight, job.bits, activation.row(group, job.row_begin + row), activation.format, chunks, dot);
       float* out = job.tile + row * kBlockColumns;
       for (int n = 0; n < kBlockColumns; ++n) {
         out[n] += scales[n] * activation.scale[index] * (dot[n] - zeros[n] * activation.sum[index]);

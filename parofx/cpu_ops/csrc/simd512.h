@@ -64,7 +64,17 @@ struct Simd512 {
     _mm256_storeu_si256(out, _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
   }
 
-  // Two chunks of 8 channels as int8 in the order of Format::int8.
+  // Bytes 0..2 become the signed digits, base 256, of integers of up to 127 · 2^16: x = Σ (byte − 128) · 256^i.
+  static Int signed_digits(Int v) {
+    const Int centre = _mm512_set1_epi32(0x808080);
+    return _mm512_xor_si512(_mm512_add_epi32(v, centre), centre);
+  }
+  template <int kBits>
+  static Int shift_right(Int v) {
+    return _mm512_srli_epi32(v, kBits);
+  }
+
+  // The low bytes of two chunks of 8 channels, in the order of Format::int8.
   static void store_int8(uint32_t* words, Int v) {
     const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(v), order));

@@ -117,14 +117,7 @@ class ParoHfQuantizer(HfQuantizer):  # type: ignore[misc]
             placeholder._is_hf_initialized = True
             linear.__dict__["weight"] = placeholder
         self._tensor_names = frozenset(f"{name}.{key}" for name, tensors in quantized.items() for key in tensors)
-        # A tie to a weight that is now quantized has nothing to tie.
-        state = model.state_dict()
-        tied: Any = model
-        tied.all_tied_weights_keys = {
-            target: source
-            for target, source in tied.all_tied_weights_keys.items()
-            if target in state and source in state
-        }
+        _drop_ties(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         linears = layout.paro_linears(model)
@@ -191,8 +184,20 @@ def mark_quantized(model: nn.Module) -> None:
     marked.is_quantized = True
     marked.quantization_method = layout.QUANT_METHOD
     marked.config.quantization_config = quantizer.quantization_config
+    _drop_ties(model)
     for module in _pretrained_models(model):
         module.config._is_quantized = True
+
+
+def _drop_ties(model: Any) -> None:
+    """Forget ties to weights that are quantized now: an embedding table goes on without its output head."""
+    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ties = model.all_tied_weights_keys
+    kept = {target: source for target, source in ties.items() if target in present and source in present}
+    if ties and not kept:
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+    model.all_tied_weights_keys = kept
 
 
 def _pretrained_models(model: nn.Module) -> Iterator[Any]:

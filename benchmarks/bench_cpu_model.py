@@ -1,0 +1,227 @@
+"""Prefill and decode of whole language models on CPU: bfloat16, torchao's int4, and parofx.
+
+    python -m benchmarks.bench_cpu_model [--model qwen3-0.6b] [--layers 4] [--threads 1]
+
+Models have the shape of a known one and random weights. Each variant lives in a process of its own, which gives its
+peak memory, and all are measured in turn, so that whatever else the machine does hits all of them. `--layers` cuts the
+models for a quick run; their output heads stay whole. Results go to benchmarks/results/cpu_model.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+RESULTS = Path(__file__).parent / "results"
+#: Published shapes: arguments of the configuration classes.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-0.6b": (
+        "Qwen3Config",
+        {
+            "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
+        },
+    ),
+    "llama-3.2-1b": (
+        "LlamaConfig",
+        {
+            "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
+        },
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a model is made ready; `config` are fields of `ParoConfig`, None where parofx has no part in it."""
+
+    name: str
+    config: dict[str, Any] | None = None
+    activations: str = "float"
+    package: str | None = None
+
+
+VARIANTS = (
+    Variant("bf16 inductor"),
+    Variant("torchao int4", package="torchao"),
+    Variant("parofx", {}),
+    Variant("parofx int8 activations", {}, "int8"),
+    Variant("parofx krot=0", {"krot": 0}),
+)
+
+
+@dataclass
+class Measurement:
+    """One variant's rounds: seconds of a prefill, median seconds of a decoded token."""
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+    linear_mib: float = 0.0
+
+
+def main() -> None:
+    """Measure every model, print a table for each and write the JSON file."""
+    options = _options()
+    report = {"options": vars(options), "models": {name: _measure(name, options) for name in options.model}}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "cpu_model.json").write_text(json.dumps(report, indent=1))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--layers", type=int, help="decoder layers, fewer than the real model has")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens decoded in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--variant", nargs="+", default=[each.name for each in VARIANTS])
+    return parser.parse_args()
+
+
+def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    for variant in VARIANTS:
+        if variant.name not in options.variant:
+            continue
+        if variant.package and importlib.util.find_spec(variant.package) is None:
+            print(f"absent: {variant.name} (pip install {variant.package})")
+            continue
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, name, variant, options))
+        process.start()
+        # One after the other: what a process needs to get ready is no concern of the others.
+        workers[variant.name] = (process, ours, Measurement(linear_mib=ours.recv()))
+    for _ in range(options.rounds):
+        for _, connection, measured in workers.values():
+            connection.send(True)
+            prefill, decode, measured.peak_mib = connection.recv()
+            measured.prefill.append(prefill)
+            measured.decode.append(decode)
+    for process, connection, _ in workers.values():
+        connection.send(False)
+        process.join()
+    rows = {
+        name: {
+            "prefill_tokens_per_second": options.prompt / statistics.median(measured.prefill),
+            "decode_tokens_per_second": 1 / statistics.median(measured.decode),
+            "peak_mib": measured.peak_mib,
+            "model_mib": measured.linear_mib,
+        }
+        for name, (_, _, measured) in workers.items()
+    }
+    _print(name, rows)
+    return rows
+
+
+def _serve(connection: Connection, name: str, variant: Variant, options: argparse.Namespace) -> None:
+    """Make the model ready, compile it, then measure a round at every request."""
+    torch.set_num_threads(options.threads)
+    torch._dynamo.config.cache_size_limit = 64
+    torch.manual_seed(0)
+    model = _random_model(name, options.layers)
+    backend, compile_options = _prepare(model, variant)
+    compiled = torch.compile(model, backend=backend, options=compile_options, dynamic=False)
+    prompt = torch.randint(0, 1000, (1, options.prompt), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _round(compiled, model.config, prompt, options.tokens)
+        gc.collect()
+        connection.send(sum(each.nbytes for each in (*model.parameters(), *model.buffers())) / 2**20)
+        while connection.recv():
+            times = _round(compiled, model.config, prompt, options.tokens)
+            connection.send((*times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def _random_model(name: str, layers: int | None) -> Any:
+    import transformers
+
+    kind, sizes = SHAPES[name]
+    sizes = sizes | ({"num_hidden_layers": layers} if layers else {})
+    config = getattr(transformers, kind)(**sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            module.__init__(config)  # to_empty left its buffers unset
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+    return model.eval()
+
+
+def _prepare(model: nn.Module, variant: Variant) -> tuple[str, dict[str, Any] | None]:
+    """Quantize in place; return the backend and its options."""
+    if variant.config is not None:
+        import parofx
+
+        calibration = parofx.CalibrationConfig(recipe="data-free", steps=0, clip_ratios=(1.0,))
+        config = parofx.ParoConfig(**variant.config, calibration=calibration)
+        parofx.quantize(model, config, progress=False)
+        return "paro", {"activations": variant.activations}
+    if variant.package == "torchao":
+        from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+        is_head = model.get_output_embeddings()  # type: ignore[operator]
+        quantize_(
+            model,
+            Int4WeightOnlyConfig(group_size=128, int4_packing_format="opaque"),
+            lambda module, _: isinstance(module, nn.Linear) and module is not is_head,
+        )
+    return "inductor", None
+
+
+def _round(model: Any, config: Any, prompt: torch.Tensor, tokens: int) -> tuple[float, float]:
+    """Return the seconds of a prefill and the median seconds of a token behind it."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=config, max_cache_len=prompt.shape[1] + tokens)
+    times = [time.perf_counter()]
+    ids, position = prompt, 0
+    for _ in range(tokens):
+        places = torch.arange(position, position + ids.shape[1])
+        logits = model(
+            input_ids=ids, position_ids=places[None], past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
+        position += ids.shape[1]
+        ids = logits[:, -1].argmax(-1, keepdim=True)
+        times.append(time.perf_counter())
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times[1:])]
+    return times[1] - times[0], statistics.median(gaps)
+
+
+def _print(name: str, rows: dict[str, dict[str, float]]) -> None:
+    table = Table(title=name)
+    for heading in ("variant", "prefill tok/s", "decode tok/s", "x prefill", "x decode", "peak MiB", "model MiB"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    base = next(iter(rows.values()))
+    for variant, row in rows.items():
+        prefill, decode = row["prefill_tokens_per_second"], row["decode_tokens_per_second"]
+        ratios = (prefill / base["prefill_tokens_per_second"], decode / base["decode_tokens_per_second"])
+        shown = (f"{ratio:.2f}" for ratio in ratios)
+        memory = (f"{row['peak_mib']:.0f}", f"{row['model_mib']:.0f}")
+        table.add_row(variant, f"{prefill:.1f}", f"{decode:.2f}", *shown, *memory)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
