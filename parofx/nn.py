@@ -176,7 +176,7 @@ class ParoLinear(nn.Module):
         tensors = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         if self.layout == CHECKPOINT:
             return tensors
-        with torch.no_grad(), torch.inference_mode(False):
+        with torch.no_grad(), torch.inference_mode(False), torch._C._DisableAutocast():
             unpacked = kernel_layouts.by_name(self.layout).unpack(tensors, self.group_size)
         return unpacked | {name: tensors[name] for name in ("bias",) if name in tensors}
 
@@ -216,7 +216,7 @@ class ParoLinear(nn.Module):
                 if layout is None:
                     self._layout = CHECKPOINT
                 else:
-                    with torch.no_grad(), torch.inference_mode(False):
+                    with torch.no_grad(), torch.inference_mode(False), torch._C._DisableAutocast():
                         packed = layout.pack(buffers, self.group_size)
                     self._hold(packed | {"bias": buffers["bias"]}, layout.name)
             return self._layout or CHECKPOINT

@@ -62,6 +62,16 @@ def test_the_first_forward_packs_and_the_state_dict_stays(krot, bias):
     assert {name for name, _ in module.named_buffers()} == set(before)
 
 
+def test_layouts_change_under_autocast():
+    expected = some_linear().state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        module = some_linear().pack_()
+        assert module(some_input()).dtype == torch.bfloat16
+        assert same(module.state_dict(), expected)
+        assert same(module.unpack_().state_dict(), expected)
+    assert module(some_input()).dtype == torch.float32
+
+
 def test_there_is_one_copy():
     module = some_linear()
     packed_size = module.packed_bytes()
