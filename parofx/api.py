@@ -15,6 +15,7 @@ from parofx.errors import DataError
 from parofx.passes.calibrate import Calibrate
 from parofx.passes.capture import capture, complete_inputs, complete_named
 from parofx.passes.convert import Convert
+from parofx.passes.fuse_producers import FuseProducers
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.lower import Lower, place_siblings
 from parofx.passes.merge_siblings import MergeSiblings
@@ -56,14 +57,15 @@ def convert(gm: GraphModule) -> GraphModule:
 
 
 def lower(gm: GraphModule, device: torch.device | str | None = None, *, provider: str | None = None) -> GraphModule:
-    """CONVERTED → LOWERED, in place: merge siblings, then choose kernels. See `passes.lower`.
+    """CONVERTED → LOWERED, in place: merge siblings, fuse producers, then choose kernels. See `passes.lower`.
 
     Args:
         gm: a CONVERTED graph.
         device: the target; by default the device of the graph's inputs.
         provider: force one provider by name; by default the first that serves a call.
     """
-    lowered = Pipeline([MergeSiblings(), Lower(device, provider)]).run(gm)
+    passes = [MergeSiblings(), FuseProducers(device, provider), Lower(device, provider)]
+    lowered = Pipeline(passes).run(gm)
     place_siblings(lowered)
     return lowered
 

@@ -32,6 +32,7 @@ from parofx.errors import ConfigError, LoweringError
 from parofx.passes.base import Stage, stage_of
 from parofx.passes.calibrate import Calibrate
 from parofx.passes.convert import Convert
+from parofx.passes.fuse_producers import FuseProducers
 from parofx.passes.graph import STAYS_FLOAT, binding
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.lower import Lower
@@ -178,7 +179,8 @@ def _lower(
                 return None
             _announce(gm)
             Pipeline([Calibrate(config, reuse=True), Convert(reuse=True)]).run(gm)
-        return Pipeline([MergeSiblings(), Lower(provider=provider, activations=activations)]).run(gm)
+        fuse = FuseProducers(provider=provider, activations=activations)
+        return Pipeline([MergeSiblings(), fuse, Lower(provider=provider, activations=activations)]).run(gm)
 
 
 #: Float weights the user was told of: prefill, decode and refreshed graphs do not say it again.

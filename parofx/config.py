@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from parofx.calibration.recipes import RECIPES
 from parofx.errors import ConfigError, one_per_line
 
 #: Bit widths the quantizer computes.
@@ -21,77 +22,125 @@ FALLBACK_GROUP_SIZES = (64, 32)
 #: A linear whose `in_features` this does not divide never becomes a quantized one.
 SMALLEST_GROUP_SIZE = 32
 
-Recipe = Literal["fast", "data-free"]
+Recipe = Literal["fast", "best", "paper", "data-free"]
 PairMethod = Literal["matching", "greedy"]
 #: What a lowered linear multiplies: rotated activations as they are, or quantized to int8 per (row, group).
 Activations = Literal["float", "int8"]
 ACTIVATIONS: tuple[Activations, ...] = ("float", "int8")
-_RECIPES = ("fast", "data-free")
-_PAIR_METHODS = ("matching", "greedy")
+RoundingMethod = Literal["nearest", "feedback"]
+BlockLoss = Literal["relative", "smooth_l1"]
+#: The options of calibration that are one of a few words.
+_CHOICES = {
+    "recipe": tuple(RECIPES),
+    "pairs": ("matching", "greedy"),
+    "rounding": ("nearest", "feedback"),
+    "block_loss": ("relative", "smooth_l1"),
+}
+#: Stands for an option that the recipe decides; there is none left once a config is built.
+_BY_RECIPE: Any = None
 
 _Config = TypeVar("_Config", "ParoConfig", "CalibrationConfig")
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How rotations and scales are fitted.
+    """How rotations, scales and weights are fitted. What is not given is as the recipe has it (`calibration.recipes`).
 
     Args:
-        recipe: `"fast"` fits the range objective on input statistics; `"data-free"` uses weights alone,
-            whatever data is given.
-        steps: optimizer steps per transform.
-        learning_rate: of AdamW on the angles and on the logarithm of the channel scales; cosine to a twentieth.
+        recipe: `"fast"` fits the range objective on input statistics and rounds with error feedback; `"best"`
+            trains each block besides; `"paper"` is ParoQuant's own; `"data-free"` uses weights alone, whatever data
+            is given.
+        steps: optimizer steps per transform on the range objective.
+        learning_rate: of AdamW on the angles and on the logarithm of the channel scales, on the range objective;
+            cosine to a twentieth.
         rows: output channels sampled per step (all of them if a layer has fewer).
         pairs: how channel pairs are chosen: `"matching"` (perfect matchings, no dummy pairs) or `"greedy"`
             (the paper's random scan).
         clip_ratios: shrink factors of the min/max range tried per quantization group when rounding.
+        rounding: `"nearest"`, or `"feedback"`: columns take over the errors of those before them.
+        damping: candidates of what is added to the inputs' second moments before error feedback, relative to their
+            mean; of several the one with the smallest error on held-out sequences is taken.
+        sweeps: rounds of coordinate descent and of refitted scales behind error feedback.
+        transform_epochs: passes over the data in which a block's angles and channel scales are trained.
+        weight_epochs: passes in which its weights, scales and zeros are trained.
+        transform_learning_rate: of AdamW on angles and channel scales of a block.
+        weight_learning_rate: of AdamW on the weights of a block.
+        grid_learning_rate: of AdamW on the scales and zeros of a block.
+        block_loss: of a block's output against the float one's: `"relative"` squared error, or `"smooth_l1"`.
+        autocast: run the model with bf16 or TF32 products where it is fp32; sums stay fp32.
         seed: fixes pairs, sampled rows and the order of data.
         seqlen: tokens per calibration sequence.
         samples: sequences used.
+        validation_samples: of these, how many are held out to choose by; 0 chooses on all of them.
         batch_size: sequences per forward.
         work_dir: folder for per-block results; with it a killed run resumes at the block it was in.
         resume: use what an earlier run with the same options left in `work_dir`.
     """
 
     recipe: Recipe = "fast"
-    steps: int = 60
+    steps: int = _BY_RECIPE
     learning_rate: float = 0.1
     rows: int = 512
-    pairs: PairMethod = "matching"
-    clip_ratios: tuple[float, ...] = tuple(1 - step / 40 for step in range(13))
+    pairs: PairMethod = _BY_RECIPE
+    clip_ratios: tuple[float, ...] = _BY_RECIPE
+    rounding: RoundingMethod = _BY_RECIPE
+    damping: tuple[float, ...] = (0.03, 0.1, 0.3)
+    sweeps: int = 4
+    transform_epochs: int = _BY_RECIPE
+    weight_epochs: int = _BY_RECIPE
+    transform_learning_rate: float = _BY_RECIPE
+    weight_learning_rate: float = 1e-5
+    grid_learning_rate: float = 1e-6
+    block_loss: BlockLoss = _BY_RECIPE
+    autocast: bool = True
     seed: int = 0
-    seqlen: int = 512
-    samples: int = 64
-    batch_size: int = 8
+    seqlen: int = _BY_RECIPE
+    samples: int = _BY_RECIPE
+    validation_samples: int = _BY_RECIPE
+    batch_size: int = _BY_RECIPE
     work_dir: str | None = None
     resume: bool = True
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.recipe not in _RECIPES:
-            problems.append(f"recipe must be one of {_RECIPES}, got {self.recipe!r}")
-        if self.pairs not in _PAIR_METHODS:
-            problems.append(f"pairs must be one of {_PAIR_METHODS}, got {self.pairs!r}")
-        for name, least in (("steps", 0), ("rows", 1), ("seqlen", 2), ("samples", 1), ("batch_size", 1)):
-            problems += _check_int(name, getattr(self, name), least)
-        problems += _check_int("seed", self.seed, 0)
-        problems += _check_bool("resume", self.resume)
+        problems = [
+            f"{name} must be one of {accepted}, got {getattr(self, name)!r}"
+            for name, accepted in _CHOICES.items()
+            if getattr(self, name) not in (*accepted, _BY_RECIPE)
+        ]
+        for name, value in RECIPES.get(str(self.recipe), RECIPES["fast"]).items():
+            if getattr(self, name) is _BY_RECIPE:
+                object.__setattr__(self, name, value)
+        for name in ("rows", "samples", "batch_size"):
+            problems += _check_int(name, getattr(self, name), 1)
+        for name in ("steps", "sweeps", "transform_epochs", "weight_epochs", "validation_samples", "seed"):
+            problems += _check_int(name, getattr(self, name), 0)
         if isinstance(self.work_dir, os.PathLike):
             object.__setattr__(self, "work_dir", os.fspath(self.work_dir))
         if self.work_dir is not None and not isinstance(self.work_dir, str):
             problems.append(f"work_dir must be a path, got {self.work_dir!r}")
-        if not _is_number(self.learning_rate) or not 0 < self.learning_rate < 10:
-            problems.append(f"learning_rate must be in (0, 10), got {self.learning_rate!r}")
-        ratios = tuple(self.clip_ratios) if isinstance(self.clip_ratios, Iterable) else ()
-        if not ratios or any(not _is_number(ratio) or not 0 < ratio <= 1 for ratio in ratios):
-            problems.append(f"clip_ratios must hold numbers in (0, 1], got {self.clip_ratios!r}")
-        else:
-            object.__setattr__(self, "clip_ratios", tuple(float(ratio) for ratio in ratios))
+        problems += _check_int("seqlen", self.seqlen, 2)
+        problems += _check_bool("resume", self.resume) + _check_bool("autocast", self.autocast)
+        for name in ("learning_rate", "transform_learning_rate", "weight_learning_rate", "grid_learning_rate"):
+            rate = getattr(self, name)
+            if not _is_number(rate) or not 0 < rate < 10:
+                problems.append(f"{name} must be in (0, 10), got {rate!r}")
+        for name in ("clip_ratios", "damping"):
+            value = getattr(self, name)
+            numbers = tuple(value) if isinstance(value, Iterable) else ()
+            if not numbers or any(not _is_number(one) or not 0 < one <= 1 for one in numbers):
+                problems.append(f"{name} must hold numbers in (0, 1], got {value!r}")
+            else:
+                object.__setattr__(self, name, tuple(float(one) for one in numbers))
         _raise_if(problems, "CalibrationConfig")
+
+    @property
+    def trains_blocks(self) -> bool:
+        """Whether blocks are trained, besides fitting each transform for itself."""
+        return self.transform_epochs > 0 or self.weight_epochs > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON-serializable values."""
-        return dataclasses.asdict(self) | {"clip_ratios": list(self.clip_ratios)}
+        return dataclasses.asdict(self) | {"clip_ratios": list(self.clip_ratios), "damping": list(self.damping)}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> CalibrationConfig:

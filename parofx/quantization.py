@@ -19,7 +19,7 @@ from parofx.calibration.data import batches as read_batches
 from parofx.config import ParoConfig
 from parofx.errors import CaptureError, ConfigError, one_per_line
 from parofx.nn import ParoLinear
-from parofx.passes.calibrate import Calibrate, reports_of
+from parofx.passes.calibrate import Calibrate, block_reports_of, reports_of
 from parofx.passes.capture import capture, complete_inputs
 from parofx.passes.convert import Convert
 from parofx.passes.graph import INT4_LINEAR, binding, get_attribute, nodes_calling
@@ -101,6 +101,7 @@ def quantize(
         seconds=time.perf_counter() - start,
         peak_memory_bytes=_peak_memory_bytes(),
         passes=pipeline.records(),
+        blocks=block_reports_of(gm),
     )
     for module in modules.values():
         module.pack_()
@@ -203,6 +204,7 @@ def _linear_report(gm: GraphModule, name: str, module: ParoLinear) -> LinearRepo
         block=transform.block,
         relative_error=gm.meta["parofx_relative_errors"][name],
         packed_bytes=module.packed_bytes(),
+        nearest_error=gm.meta["parofx_nearest_errors"].get(name),
     )
 
 

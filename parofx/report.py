@@ -32,7 +32,8 @@ class LinearReport:
     """One quantized linear.
 
     `transform` names the rotation it uses: siblings have the same. `relative_error` is the expected squared output
-    error over the expected squared output, from the calibration statistics (from the weights alone without data).
+    error over the expected squared output, from the calibration statistics (from the weights alone without data);
+    `nearest_error` is that of rounding to nearest in the same rotation, where it was not what was done.
     """
 
     name: str
@@ -45,11 +46,12 @@ class LinearReport:
     block: str
     relative_error: float
     packed_bytes: int
+    nearest_error: float | None = None
 
 
 @dataclass(frozen=True)
 class TransformReport:
-    """One fitted rotation: the range objective before and after, relative to the start, and the angles' spread."""
+    """One fitted rotation: the range objective before and after, the angles' spread, and error feedback's damping."""
 
     name: str
     members: tuple[str, ...]
@@ -57,6 +59,37 @@ class TransformReport:
     loss_before: float
     loss_after: float
     angle_rms: float
+    damping: float | None = None
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage of training a block: the loss of its output on held-out data before and after.
+
+    `kept` says which state was kept. No stage ends worse than it began; one that found nothing better ends equal.
+    """
+
+    name: str
+    before: float
+    after: float
+    kept: str
+
+    @property
+    def improved(self) -> bool:
+        """Whether anything better than the start was found."""
+        return self.after < self.before
+
+    def __str__(self) -> str:
+        change = f"{self.name} {self.before:.3e} → {self.after:.3e} ({self.kept})"
+        return change if self.improved else f"{change}: no improvement"
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """The stages in which a block was trained, in order."""
+
+    name: str
+    stages: tuple[StageReport, ...]
 
 
 @dataclass(frozen=True)
@@ -84,6 +117,7 @@ class QuantizationReport:
     seconds: float
     peak_memory_bytes: int
     passes: tuple[Mapping[str, Any], ...] = field(default=())
+    blocks: tuple[BlockReport, ...] = field(default=())
 
     @property
     def bits_per_weight(self) -> float:
@@ -106,6 +140,7 @@ class QuantizationReport:
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "passes": [dict(one) for one in self.passes],
+            "blocks": [asdict(block) for block in self.blocks],
         }
 
     def save(self, path: str | Path) -> None:

@@ -6,17 +6,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parofx.calibration.recipes import RECIPES
 from parofx.config import CalibrationConfig, ParoConfig
 from parofx.errors import ConfigError, ParoError, one_per_line
 
 calibrations = st.builds(
     CalibrationConfig,
-    recipe=st.sampled_from(("fast", "data-free")),
+    recipe=st.sampled_from(tuple(RECIPES)),
     steps=st.integers(0, 1000),
     learning_rate=st.floats(1e-6, 1.0),
     rows=st.integers(1, 4096),
     pairs=st.sampled_from(("matching", "greedy")),
     clip_ratios=st.lists(st.floats(0.1, 1.0), min_size=1, max_size=5).map(tuple),
+    rounding=st.sampled_from(("nearest", "feedback")),
+    damping=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3).map(tuple),
+    sweeps=st.integers(0, 5),
+    transform_epochs=st.integers(0, 20),
+    weight_epochs=st.integers(0, 20),
+    transform_learning_rate=st.floats(1e-6, 1.0),
+    weight_learning_rate=st.floats(1e-6, 1.0),
+    grid_learning_rate=st.floats(1e-6, 1.0),
+    block_loss=st.sampled_from(("relative", "smooth_l1")),
+    autocast=st.booleans(),
+    validation_samples=st.integers(0, 64),
     seed=st.integers(0, 2**31),
     seqlen=st.integers(2, 4096),
     samples=st.integers(1, 512),
@@ -49,6 +61,19 @@ def test_defaults_are_the_papers_format():
     config = ParoConfig()
     assert (config.bits, config.group_size, config.krot) == (4, 128, 8)
     assert config.calibration == CalibrationConfig()
+
+
+def test_an_option_that_is_not_given_is_the_recipes():
+    names = {item.name for item in dataclasses.fields(CalibrationConfig)}
+    for recipe, options in RECIPES.items():
+        config = CalibrationConfig(recipe=recipe)
+        assert {name: getattr(config, name) for name in options} == options
+        assert set(options) <= names
+        assert all(getattr(config, name) is not None for name in names - {"work_dir"})
+    paper = CalibrationConfig(recipe="paper", samples=7)
+    assert (paper.samples, paper.seqlen, paper.steps, paper.rounding) == (7, 2048, 0, "nearest")
+    assert paper.trains_blocks
+    assert not CalibrationConfig().trains_blocks
 
 
 def test_to_dict_names_every_field():
@@ -100,7 +125,7 @@ def test_paro_config_refuses(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "slow"}, r"recipe must be one of \('fast', 'data-free'\), got 'slow'"),
+        ({"recipe": "slow"}, r"recipe must be one of \('fast', 'best', 'data-free', 'paper'\), got 'slow'"),
         ({"pairs": "random"}, r"pairs must be one of \('matching', 'greedy'\), got 'random'"),
         ({"steps": -1}, "steps must be an integer of at least 0, got -1"),
         ({"rows": 0}, "rows must be an integer of at least 1, got 0"),
@@ -118,6 +143,13 @@ def test_paro_config_refuses(options, message):
         ({"clip_ratios": (1.5,)}, r"clip_ratios must hold numbers in \(0, 1\], got \(1.5,\)"),
         ({"clip_ratios": ("tight",)}, r"clip_ratios must hold numbers in \(0, 1\], got \('tight',\)"),
         ({"clip_ratios": 0.5}, r"clip_ratios must hold numbers in \(0, 1\], got 0.5"),
+        ({"rounding": "up"}, r"rounding must be one of \('nearest', 'feedback'\), got 'up'"),
+        ({"block_loss": "l1"}, r"block_loss must be one of \('relative', 'smooth_l1'\), got 'l1'"),
+        ({"damping": (0.1, 0.0)}, r"damping must hold numbers in \(0, 1\], got \(0.1, 0.0\)"),
+        ({"sweeps": -1}, "sweeps must be an integer of at least 0, got -1"),
+        ({"transform_epochs": 0.5}, "transform_epochs must be an integer of at least 0, got 0.5"),
+        ({"weight_learning_rate": 0}, r"weight_learning_rate must be in \(0, 10\), got 0"),
+        ({"autocast": None}, "autocast must be True or False, got None"),
         ({"resume": "yes"}, "resume must be True or False, got 'yes'"),
     ],
 )

@@ -26,7 +26,7 @@ def run(code: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("page", ["docs/plugging_in.md", "docs/writing_a_pass.md"])
+@pytest.mark.parametrize("page", ["docs/plugging_in.md", "docs/verifying_kernels.md", "docs/writing_a_pass.md"])
 def test_a_guide_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
     assert run("\n".join(code_of(page)), tmp_path)
 

@@ -507,14 +507,14 @@ def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, fits, caplog):
         process.kill()
         assert process.wait() == -signal.SIGKILL
     finished = len(list(tmp_path.glob("segment-*.safetensors")))
-    # The first segment holds what is before the blocks.
+    # The first segment holds what is before the blocks; the last one, the head, is never run.
     assert 2 <= finished < LAYERS + 1
 
     try:
         with caplog.at_level("INFO", logger="parofx"):
             resumed = calibrate_in(tmp_path)
         log = next(record.getMessage() for record in caplog.records if "resuming" in record.getMessage())
-        after = int(log.removeprefix("resuming calibration after ").removesuffix(f" of {LAYERS + 1} segments"))
+        after = int(log.removeprefix("resuming calibration after ").removesuffix(f" of {LAYERS + 2} segments"))
         # Killed between a segment and its border, a run does that segment again.
         assert finished - 1 <= after <= finished
         assert len(fits) == 4 * (LAYERS + 1 - after)

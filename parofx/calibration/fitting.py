@@ -1,4 +1,4 @@
-"""Fit one transform and the grids of the weights behind it."""
+"""Fit one transform, and round the weights behind it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 from parofx import affine, rotation
+from parofx.calibration.feedback import RoundedWeight, damped, output_error, round_with_feedback
+from parofx.calibration.precision import product_precision
 from parofx.calibration.range_objective import fit_transform
-from parofx.calibration.rounding import choose_clipped_qparams, relative_error, rotated_block_gram
+from parofx.calibration.rounding import choose_clipped_qparams, relative_error, rotated_block_gram, rotated_gram
+from parofx.calibration.statistics import InputStatistics, diagonal_blocks
 from parofx.config import CalibrationConfig
+
+#: Output channels on which the candidates of damping are compared.
+_DAMPING_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,9 @@ class FittedTransform:
         errors: expected relative squared output error per linear.
         loss_before: the range objective without transform.
         loss_after: with it.
+        codes: uint8 `(N_i, K)` per linear; None where they are the nearest ones to the model's own weight.
+        nearest_errors: `errors` of the same grids with the nearest codes.
+        damping: of error feedback; None without.
     """
 
     pairs: Tensor
@@ -35,29 +44,41 @@ class FittedTransform:
     errors: tuple[float, ...]
     loss_before: float
     loss_after: float
+    codes: tuple[Tensor, ...] | None = None
+    nearest_errors: tuple[float, ...] | None = None
+    damping: float | None = None
 
     @property
     def angle_rms(self) -> float:
         """Root mean square of the angles, radians."""
         return float(self.theta.float().square().mean().sqrt()) if self.theta.numel() else 0.0
 
+    def weight(self, index: int) -> Tensor | None:
+        """Return what a linear's weight has become, fp32 `(N, K)` in the unrotated space; None where it stays."""
+        if self.codes is None:
+            return None
+        group_size = self.pairs.shape[1] // self.grids[index][0].shape[1]
+        rounded = RoundedWeight(self.codes[index], *self.grids[index]).dequantized()
+        reciprocal = self.channel_scales.float().reciprocal()
+        return rotation.inverse_rotate(rounded, self.pairs, self.theta, reciprocal, group_size)
+
 
 def fit(
     weights: Sequence[Tensor],
-    power: Tensor | None,
-    block_gram: Tensor | None,
+    statistics: InputStatistics | None,
+    held_out: InputStatistics | None = None,
     *,
     bits: int,
     group_size: int,
     krot: int,
     config: CalibrationConfig,
 ) -> FittedTransform:
-    """Fit θ and channel scales on the siblings' weights `(N_i, K)`, then choose each weight's grid.
+    """Fit θ and channel scales on the siblings' weights `(N_i, K)`, then round each weight.
 
     Args:
         weights: the siblings' float weights.
-        power: `E[x²]`, `(K,)`; None weighs channels alike.
-        block_gram: `E[x xᵀ]` inside groups, `(K/g, g, g)`; None judges rounding by plain squares.
+        statistics: of their input; None weighs channels alike and judges rounding by plain squares.
+        held_out: of the part of that input by which choices are made.
         bits: width of a weight.
         group_size: g.
         krot: rotation rounds.
@@ -66,23 +87,160 @@ def fit(
     device = weights[0].device
     with torch.enable_grad():
         found = fit_transform(
-            weights, power, bits=bits, group_size=group_size, krot=krot, config=config, seed=config.seed
+            weights,
+            None if statistics is None else statistics.power.to(device),
+            bits=bits,
+            group_size=group_size,
+            krot=krot,
+            config=config,
+            seed=config.seed,
         )
     pairs, theta, channel_scales = (one.to(device) for one in (found.pairs, found.theta, found.channel_scales))
-    if block_gram is not None:
-        block_gram = rotated_block_gram(block_gram, pairs, theta, channel_scales, group_size)
-    grids, errors = [], []
-    for weight in weights:
-        rotated = rotate_weight(weight, pairs, theta, channel_scales, group_size)
-        scales, zeros = choose_clipped_qparams(
-            rotated, bits=bits, group_size=group_size, clip_ratios=config.clip_ratios, block_gram=block_gram
-        )
-        rounded = affine.fake_quantize(rotated, scales, zeros, bits, group_size)
-        grids.append((scales, zeros))
-        errors.append(relative_error(rotated, rounded, block_gram))
-    return FittedTransform(
-        pairs, theta, channel_scales, tuple(grids), tuple(errors), found.loss_before, found.loss_after
+    transform = Rotated(pairs, theta, channel_scales, group_size)
+    rotated = [transform.weight(weight) for weight in weights]
+    return round_rotated(
+        rotated, transform, statistics, held_out, bits=bits, config=config, losses=(found.loss_before, found.loss_after)
     )
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """The coordinates of a fitted transform: `pairs`, `theta` and `channel_scales` as they will be stored."""
+
+    pairs: Tensor
+    theta: Tensor
+    channel_scales: Tensor
+    group_size: int
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Return a weight in these coordinates."""
+        return rotate_weight(weight, self.pairs, self.theta, self.channel_scales, self.group_size)
+
+    def gram(self, statistics: InputStatistics) -> Tensor:
+        """Return full second moments in these coordinates, `(K, K)`."""
+        gram = statistics.gram.to(self.pairs.device)
+        return rotated_gram(gram, self.pairs, self.theta, self.channel_scales, self.group_size)
+
+    def block_gram(self, statistics: InputStatistics) -> Tensor:
+        """Return the second moments inside groups in these coordinates, `(K/g, g, g)`."""
+        gram = statistics.block_gram.to(self.pairs.device)
+        return rotated_block_gram(gram, self.pairs, self.theta, self.channel_scales, self.group_size)
+
+
+def round_rotated(
+    rotated: Sequence[Tensor],
+    transform: Rotated,
+    statistics: InputStatistics | None,
+    held_out: InputStatistics | None,
+    *,
+    bits: int,
+    config: CalibrationConfig,
+    losses: tuple[float, float],
+) -> FittedTransform:
+    """Choose grids and codes of rotated weights `(N_i, K)`: to nearest, or with error feedback on full statistics."""
+    with product_precision("exact"):
+        return _round_rotated(rotated, transform, statistics, held_out, bits, config, losses)
+
+
+def _round_rotated(
+    rotated: Sequence[Tensor],
+    transform: Rotated,
+    statistics: InputStatistics | None,
+    held_out: InputStatistics | None,
+    bits: int,
+    config: CalibrationConfig,
+    losses: tuple[float, float],
+) -> FittedTransform:
+    parts = (transform.pairs, transform.theta, transform.channel_scales)
+    if statistics is None or not statistics.full or config.rounding == "nearest":
+        gram = None if statistics is None else transform.block_gram(statistics)
+        grids = _choose_grids(rotated, gram, transform.group_size, bits, config)
+        errors = _nearest_errors(rotated, grids, gram, transform.group_size, bits)
+        return FittedTransform(*parts, grids, errors, *losses)
+    gram = transform.gram(statistics)
+    grids = _choose_grids(rotated, diagonal_blocks(gram, transform.group_size), transform.group_size, bits, config)
+    weight, sizes = torch.cat(list(rotated)), [len(one) for one in rotated]
+    scales, zeros = (torch.cat(one) for one in zip(*grids, strict=True))
+    damping = config.damping[len(config.damping) // 2]
+    if held_out is not None and 0 < held_out.count < statistics.count and len(config.damping) > 1:
+        share = held_out.count / statistics.count
+        held = transform.gram(held_out)
+        rest = (gram - share * held) / (1 - share)
+        damping = choose_damping(weight, scales, zeros, rest, held, bits=bits, config=config)
+    rounded = round_with_feedback(
+        weight,
+        damped(gram, damping),
+        scales,
+        zeros,
+        bits=bits,
+        group_size=transform.group_size,
+        sweeps=config.sweeps,
+    )
+    parts_of = (torch.split(part, sizes) for part in (rounded.codes, rounded.scales, rounded.zeros))
+    codes, scales_of, zeros_of = parts_of
+    return FittedTransform(
+        *parts,
+        tuple(zip(scales_of, zeros_of, strict=True)),
+        tuple(
+            relative_error(one, RoundedWeight(*rounding).dequantized(), gram[None])
+            for one, *rounding in zip(rotated, codes, scales_of, zeros_of, strict=True)
+        ),
+        *losses,
+        codes=codes,
+        nearest_errors=_nearest_errors(rotated, grids, gram[None], transform.group_size, bits),
+        damping=damping,
+    )
+
+
+def _choose_grids(
+    rotated: Sequence[Tensor], block_gram: Tensor | None, group_size: int, bits: int, config: CalibrationConfig
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    return tuple(
+        choose_clipped_qparams(
+            one, bits=bits, group_size=group_size, clip_ratios=config.clip_ratios, block_gram=block_gram
+        )
+        for one in rotated
+    )
+
+
+def _nearest_errors(
+    rotated: Sequence[Tensor],
+    grids: Sequence[tuple[Tensor, Tensor]],
+    gram: Tensor | None,
+    group_size: int,
+    bits: int,
+) -> tuple[float, ...]:
+    return tuple(
+        relative_error(one, affine.fake_quantize(one, *grid, bits, group_size), gram)
+        for one, grid in zip(rotated, grids, strict=True)
+    )
+
+
+def choose_damping(
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    gram: Tensor,
+    held_out: Tensor,
+    *,
+    bits: int,
+    config: CalibrationConfig,
+) -> float:
+    """Return the candidate of `config.damping` whose rounding has the smallest error on held-out moments `(K, K)`.
+
+    It is judged on a sample of output channels, without the sweeps, which cost more than they would tell.
+    """
+    sample = slice(None, None, -(-len(weight) // _DAMPING_ROWS))
+    weight, scales, zeros = weight[sample], scales[sample], zeros[sample]
+    group_size = weight.shape[1] // scales.shape[1]
+
+    def error(damping: float) -> float:
+        rounded = round_with_feedback(
+            weight, damped(gram, damping), scales, zeros, bits=bits, group_size=group_size, sweeps=0
+        )
+        return output_error(weight, rounded.dequantized(), held_out).sum().item()
+
+    return min(config.damping, key=error)
 
 
 def rotate_weight(weight: Tensor, pairs: Tensor, theta: Tensor, channel_scales: Tensor, group_size: int) -> Tensor:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from parofx.passes.transforms import Transform
-from parofx.report import TransformReport
+from parofx.report import StageReport, TransformReport
 
 
 class BlockProgress:
@@ -49,6 +49,11 @@ class BlockProgress:
     def forwarded(self, done: int, total: int) -> None:
         """Say that the block ran on `done` of `total` batches."""
         self._bar.update(self._task, status=f"{self._block or 'graph'}: statistics {done}/{total}")
+
+    def trained(self, stage: StageReport) -> None:
+        """Show what a stage of training made of the block's loss."""
+        ratio = stage.after / stage.before if stage.before else 1.0
+        self._bar.update(self._task, status=f"{self._block or 'graph'}: {stage.name} ×{ratio:.3f}")
 
     def fitted(self, report: TransformReport) -> None:
         """Count a fitted transform."""

@@ -39,6 +39,23 @@ def rotated_block_gram(
     return torch.bmm(matrix.transpose(1, 2), torch.bmm(block_gram.float(), matrix))
 
 
+def rotated_gram(gram: Tensor, pairs: Tensor, theta: Tensor, channel_scales: Tensor, group_size: int) -> Tensor:
+    """Return the second moments of the rotated inputs between all channels, fp32 `(K, K)`, for `gram (K, K)`.
+
+    Raises:
+        ShapeError: if the tensors do not fit together.
+    """
+    in_features = pairs.shape[1]
+    if tuple(gram.shape) != (in_features, in_features):
+        raise ShapeError(f"gram must be {(in_features, in_features)} to fit the rotation, got {tuple(gram.shape)}")
+    matrix = channel_scales.float().view(-1, group_size, 1) * dense_form(pairs, theta.float(), group_size)
+    rotated = gram.float()
+    for _ in range(2):
+        rows = torch.bmm(matrix.transpose(1, 2), rotated.view(-1, group_size, in_features))
+        rotated = rows.view(in_features, in_features).t().contiguous()
+    return rotated
+
+
 def choose_clipped_qparams(
     w_rot: Tensor, *, bits: int, group_size: int, clip_ratios: Sequence[float], block_gram: Tensor | None
 ) -> tuple[Tensor, Tensor]:

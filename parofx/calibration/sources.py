@@ -19,6 +19,13 @@ Document: TypeAlias = str | Conversation
 
 #: Fields of a JSONL or Parquet row that hold a document, in the order they are looked for.
 DOCUMENT_FIELDS = ("text", "messages")
+#: Short names → hub datasets. The Pile's validation set and RedPajama's sample are mirrors; the originals are gone.
+DATASETS = {
+    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1",
+    "c4": "allenai/c4:en",
+    "redpajama": "liang2kl/RedPajama-Data-1T-Sample-Backup",
+    "pile": "mit-han-lab/pile-val-backup::validation",
+}
 #: Two blank lines: the border between two documents of one text file.
 _DOCUMENT_BORDER = re.compile(r"\n[ \t]*\n[ \t]*\n\s*")
 
@@ -33,6 +40,8 @@ def load_texts(source: str | Path, *, split: str = "train") -> Iterator[Document
     | `part.parquet` | the `text` or the `messages` of each row |
     | a folder | those of all such files in it and below, in the order of their paths |
     | `wikitext:wikitext-2-raw-v1` | rows of a hub dataset, streamed: `name`, `name:config` or `name:config:split` |
+    | `wikitext2`, `c4`, `redpajama`, `pile` | the datasets that papers on quantization mean by these names |
+    | `wikitext2+c4+redpajama` | one document of each in turn |
 
     Args:
         source: a path or a dataset id. What exists on disk is a path.
@@ -51,9 +60,12 @@ def load_texts(source: str | Path, *, split: str = "train") -> Iterator[Document
         if reader is None:
             raise DataError(f"{path}: expected a file ending in one of {sorted(_READERS)}, got {path.suffix!r}")
         return reader(path)
+    names = str(source).split("+")
+    if len(names) > 1 and all(names):
+        return interleave(load_texts(name, split=split) for name in names)
     if reader is not None or path.is_absolute() or str(source).startswith((".", "~")):
         raise DataError(f"no such file or folder: {path}")
-    return _load_dataset(str(source), split)
+    return _load_dataset(DATASETS.get(str(source), str(source)), split)
 
 
 def interleave(sources: Iterable[Iterator[Document]]) -> Iterator[Document]:

@@ -3,46 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from parofx.calibration.precision import product_precision
 from parofx.errors import DataError, ShapeError
+
+#: Columns of full second moments computed at a time: what lies above the diagonal is mirrored, not computed.
+_COLUMNS = 256
 
 
 class InputStatistics:
-    """Mean outer products of input rows inside each group of channels.
+    """Mean outer products of input rows, inside each group of channels or between all channels.
 
     Products are summed in fp32 within a batch, of rows divided by the batch's largest magnitude so that nothing
-    overflows, and in fp64 between batches. It holds `8·K·g` bytes, however many rows it sees.
+    overflows, and in fp64 between batches. It holds `8·K·g` bytes (`8·K²` if `full`), however many rows it sees, on
+    the device of the first rows.
 
     Args:
         in_features: input channels, K.
         group_size: channels per group, g.
+        full: keep the products of channels of different groups too. They are of rows rounded to bf16 or TF32 where
+            the device multiplies those faster: that is noise far below any damping.
 
     Raises:
         ShapeError: if the group size does not divide `in_features`.
     """
 
-    def __init__(self, in_features: int, group_size: int) -> None:
+    def __init__(self, in_features: int, group_size: int, *, full: bool = False) -> None:
         if group_size < 1 or in_features < 1 or in_features % group_size:
             raise ShapeError(
                 f"group_size must divide in_features: got {group_size} and {in_features}; pass another group_size"
             )
         self.group_size = group_size
         self.count = 0
-        self._sums = torch.zeros(in_features // group_size, group_size, group_size, dtype=torch.float64)
+        width = in_features if full else group_size
+        self._sums = torch.zeros(in_features // width, width, width, dtype=torch.float64)
 
     @property
     def in_features(self) -> int:
         """Input channels, K."""
-        return len(self._sums) * self.group_size
+        return self._sums.shape[0] * self._sums.shape[1]
+
+    @property
+    def full(self) -> bool:
+        """Whether products of channels of different groups are kept."""
+        return self._sums.shape[1] == self.in_features
+
+    @property
+    def gram(self) -> Tensor:
+        """`E[x xᵀ]` between all channels, fp32 `(K, K)`; zeros before the first row.
+
+        Raises:
+            ShapeError: if only those inside groups were kept.
+        """
+        if not self.full:
+            raise ShapeError("moments between groups must have been kept to be read; pass full=True when gathering")
+        return (self._sums[0] / max(self.count, 1)).float()
 
     @property
     def block_gram(self) -> Tensor:
         """`E[x xᵀ]` inside each group, fp32 `(K/g, g, g)`; zeros before the first row."""
-        return (self._sums / max(self.count, 1)).float()
+        if not self.full:
+            return (self._sums / max(self.count, 1)).float()
+        return diagonal_blocks(self.gram, self.group_size)
 
     @property
     def power(self) -> Tensor:
@@ -75,9 +101,26 @@ class InputStatistics:
             )
         self.count += len(rows)
         if peak > 0:
-            channels = (rows.float() / peak).view(len(rows), -1, self.group_size).transpose(0, 1)
-            gram = torch.bmm(channels.transpose(1, 2), channels)
-            self._sums += gram.to(self._sums.device, torch.float64) * peak**2
+            if self._sums.device != rows.device:
+                self._sums = self._sums.to(rows.device)
+            scaled = rows.float() / peak
+            for where_to, products in self._products(scaled):
+                self._sums[where_to] += products.double().mul_(peak**2)
+
+    def _products(self, rows: Tensor) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        """Yield the places of sums and what the rows add there."""
+        if not self.full:
+            channels = rows.view(len(rows), -1, self.group_size).transpose(0, 1)
+            yield (slice(None),), torch.bmm(channels.transpose(1, 2), channels)
+            return
+        whole = slice(0, 1)
+        for begin in range(0, self.in_features, _COLUMNS):
+            end = min(begin + _COLUMNS, self.in_features)
+            with product_precision("fast"):
+                products = (rows[:, begin:].t() @ rows[:, begin:end])[None]
+            yield (whole, slice(begin, None), slice(begin, end)), products
+            below = products[:, end - begin :]
+            yield (whole, slice(begin, end), slice(end, None)), below.transpose(1, 2)
 
     def merge(self, other: InputStatistics) -> None:
         """Add the rows that `other` saw.
@@ -91,11 +134,12 @@ class InputStatistics:
                 f"got {other.in_features} and {other.group_size}"
             )
         self.count += other.count
-        self._sums += other._sums
+        self._sums = self._sums.to(other._sums.device) + other._sums
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return the state: `count` int64 `(1,)` and `sums` fp64 `(K/g, g, g)`."""
-        return {"count": torch.tensor([self.count]), "sums": self._sums.clone()}
+        """Return the state: `count` and `group_size` int64 `(1,)` and `sums` fp64 `(K/g, g, g)` or `(1, K, K)`."""
+        sizes = {"count": torch.tensor([self.count]), "group_size": torch.tensor([self.group_size])}
+        return sizes | {"sums": self._sums.clone()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> InputStatistics:
@@ -106,17 +150,27 @@ class InputStatistics:
         """
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         sums = tensors.get("sums", torch.empty(0))
-        groups, group_size = sums.shape[0], sums.shape[-1]
+        blocks, width = sums.shape[0], sums.shape[-1]
         expected = {
             "count": (torch.int64, (1,)),
-            "sums": (torch.float64, (groups, group_size, group_size)),
+            "group_size": (torch.int64, (1,)),
+            "sums": (torch.float64, (blocks, width, width)),
         }
         if found != expected:
-            raise ShapeError(f"statistics must hold count int64 (1,) and sums float64 (K/g, g, g), got {found}")
-        statistics = cls(groups * group_size, group_size)
+            raise ShapeError(
+                "statistics must hold count and group_size int64 (1,) and sums float64 (K/g, g, g) or (1, K, K), "
+                f"got {found}"
+            )
+        statistics = cls(blocks * width, int(tensors["group_size"].item()), full=blocks == 1)
         statistics.count = int(tensors["count"].item())
         statistics._sums.copy_(sums)
         return statistics
+
+
+def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:
+    """Return the blocks `(K/g, g, g)` on the diagonal of `gram (K, K)`."""
+    groups = len(gram) // group_size
+    return gram.view(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _count_not_finite(rows: Tensor) -> str:

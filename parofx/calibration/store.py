@@ -26,7 +26,7 @@ from parofx.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class CalibrationStore:
@@ -69,14 +69,18 @@ class CalibrationStore:
         with _opened(border) as file:
             return int(json.loads(file.metadata()["values"])["segment"]) + 1
 
-    def load_segment(self, index: int) -> dict[str, Tensor]:
-        """Return the fitted tensors of a finished segment."""
+    def load_segment(self, index: int) -> tuple[dict[str, Tensor], Any]:
+        """Return the fitted tensors of a finished segment, and what was noted with them."""
         with _opened(self._segment(index)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            notes = json.loads(file.metadata()["notes"])
+            return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118 (not a mapping)
 
-    def save_segment(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a finished segment's fitted tensors; it counts once a border at or behind it is written."""
-        _save(tensors, self._segment(index), {})
+    def save_segment(self, index: int, tensors: Mapping[str, Tensor], notes: Any = None) -> None:
+        """Write a finished segment's fitted tensors; it counts once a border at or behind it is written.
+
+        `notes` are JSON-serializable.
+        """
+        _save(tensors, self._segment(index), {"notes": json.dumps(notes)})
 
     def save_borders(self, index: int, borders: Sequence[Mapping[str, Any]]) -> None:
         """Write the values behind segment `index`; a later run starts there."""
@@ -141,6 +145,11 @@ def pack_fit(name: str, fitted: FittedTransform) -> dict[str, Tensor]:
     tensors["errors"] = torch.tensor(fitted.errors, dtype=torch.float64)
     for index, (scales, zeros) in enumerate(fitted.grids):
         tensors |= {f"scales{index}": scales, f"zeros{index}": zeros}
+    tensors |= {f"codes{index}": codes for index, codes in enumerate(fitted.codes or ())}
+    if fitted.nearest_errors is not None:
+        tensors["nearest_errors"] = torch.tensor(fitted.nearest_errors, dtype=torch.float64)
+    if fitted.damping is not None:
+        tensors["damping"] = torch.tensor(fitted.damping, dtype=torch.float64)
     return {f"{name}|{key}": tensor for key, tensor in tensors.items()}
 
 
@@ -157,7 +166,12 @@ def _unpack_fit(parts: Mapping[str, Tensor]) -> FittedTransform:
     before, after = parts["losses"].tolist()
     grids = tuple((parts[f"scales{index}"], parts[f"zeros{index}"]) for index in range(len(parts["errors"])))
     rotation = (parts["pairs"], parts["theta"], parts["channel_scales"])
-    return FittedTransform(*rotation, grids, tuple(parts["errors"].tolist()), before, after)
+    feedback: dict[str, Any] = {}
+    if "codes0" in parts:
+        feedback["codes"] = tuple(parts[f"codes{index}"] for index in range(len(grids)))
+        feedback["nearest_errors"] = tuple(parts["nearest_errors"].tolist())
+        feedback["damping"] = parts["damping"].item()
+    return FittedTransform(*rotation, grids, tuple(parts["errors"].tolist()), before, after, **feedback)
 
 
 def _digest_value(digest: Any, value: Any) -> None:
@@ -177,8 +191,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -
     temporary = path.with_name(path.name + ".tmp")
     # Safetensors refuses tensors that share memory; what crosses a border may be views of one tensor.
     separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    # Without tensors, empty metadata would become a header that cannot be read.
-    save_file(separate, str(temporary), metadata or None)
+    save_file(separate, str(temporary), metadata)
     os.replace(temporary, path)
 
 

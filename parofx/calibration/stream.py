@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from parofx.errors import DataError
@@ -30,20 +30,15 @@ class BlockStream:
 
     def __init__(self, gm: GraphModule, batches: Sequence[Mapping[str, Any]]) -> None:
         self._split = split_at_blocks(gm, gm.meta.get("parofx_blocks", ()))
-        # Nobody asks for the model's outputs: a language model's logits alone would outweigh all else in memory.
+        # Nobody asks for the model's outputs, so that being one of them keeps no value alive.
         nodes = [node for node in self._split.graph.nodes if node.op != "output"]
+        self.segments: tuple[str, ...] = tuple(str(node.target) for node in nodes if node.op == "call_module")
         self._nodes = nodes
-        self._last_use: dict[Node, int] = {}
+        self._last_use: dict[str, int] = {}
         for index, node in enumerate(nodes):
-            self._last_use |= dict.fromkeys(node.all_input_nodes, index)
-        segments = [str(node.target) for node in nodes if node.op == "call_module"]
-        while segments and not self.transforms_of(segments[-1]):
-            segments.pop()
-        #: The segments to run; those behind the last transform are left out.
-        self.segments: tuple[str, ...] = tuple(segments)
-        if segments:
-            setattr(self._split, segments[-1], _until_last_rotation(getattr(self._split, segments[-1])))
-        self._masks = [_row_mask(batch) for batch in batches]
+            self._last_use |= {source.name: index for source in node.all_input_nodes}
+        #: Per batch, which rows count: bool `(rows,)`; None if all do.
+        self.masks = [_row_mask(batch) for batch in batches]
         self.borders: list[Border] = [_bind_inputs(gm, nodes, batch) for batch in batches]
 
     def transforms_of(self, segment: str) -> list[str]:
@@ -56,38 +51,48 @@ class BlockStream:
         """Return the segment after which all of a transform's inputs have been seen."""
         return next(segment for segment in reversed(self.segments) if transform in self.transforms_of(segment))
 
-    def run(self, segment: str, record: Recorder) -> Iterator[int]:
-        """Run one segment for all batches, replacing the borders; yields the index of each batch when it is done."""
-        start = next(i for i, node in enumerate(self._nodes) if node.op == "call_module" and node.target == segment)
-        node = self._nodes[start]
-        module = getattr(self._split, segment)
+    def run(self, segment: str, record: Recorder) -> Iterator[Any]:
+        """Run one segment for all batches, replacing the borders; yields what it returns, batch by batch."""
+        module = self.module(segment)
         for index, border in enumerate(self.borders):
-            runner = _Recorder(module, record, self._masks[index])
+            runner = _Recorder(module, record, self.masks[index])
             with torch.no_grad():
-                border[node.name] = runner.run(*(self._value(source, border) for source in node.args))
-            if segment == self.segments[-1]:
-                border.clear()  # it gave nothing back, and no segment is left to read the rest
-            else:
-                self._advance(start + 1, border)
-            yield index
+                output = runner.run(*self.arguments(segment, border))
+            self.advance(segment, border, output)
+            yield output
 
-    def _value(self, source: Any, border: Border) -> Any:
-        if source.op == "get_attr":
-            return get_attribute(self._split, str(source.target))
-        return border[source.name]
+    def module(self, segment: str) -> GraphModule:
+        """Return a segment's graph."""
+        module = getattr(self._split, segment)
+        assert isinstance(module, GraphModule)
+        return module
 
-    def _advance(self, position: int, border: Border) -> None:
-        """Take apart what a segment returned and drop what no later node reads."""
-        end = position
+    def arguments(self, segment: str, border: Border) -> list[Any]:
+        """Return what a segment reads at a border."""
+        return [self._value(source, border) for source in self._node(segment).args]
+
+    def advance(self, segment: str, border: Border, output: Any) -> None:
+        """Move a border behind a segment that returned `output`: take that apart, drop what no later node reads."""
+        node = self._node(segment)
+        border[node.name] = output
+        end = self._nodes.index(node) + 1
         while end < len(self._nodes) and self._nodes[end].op == "call_function":
             node = self._nodes[end]
             source, index = node.args
             assert isinstance(source, Node)
             border[node.name] = border[source.name][index]
             end += 1
-        by_name = {node.name: node for node in self._nodes}
-        for name in [name for name in border if self._last_use.get(by_name[name], -1) < end]:
+        for name in [name for name in border if self._last_use.get(name, -1) < end]:
             del border[name]
+
+    def _node(self, segment: str) -> Node:
+        found: Node = next(node for node in self._nodes if node.op == "call_module" and node.target == segment)
+        return found
+
+    def _value(self, source: Any, border: Border) -> Any:
+        if source.op == "get_attr":
+            return get_attribute(self._split, str(source.target))
+        return border[source.name]
 
 
 class _Recorder(Interpreter):
@@ -105,28 +110,13 @@ class _Recorder(Interpreter):
             value = self.env[n.args[0]]  # type: ignore[index]
             name = n.meta.get("parofx_transform")
             if name is not None:
-                self._record(name, _select_rows(value, self._mask))
+                self._record(name, select_rows(value, self._mask))
             return value
         return super().run_node(n)
 
 
-def _until_last_rotation(module: GraphModule) -> GraphModule:
-    """Return a segment that ends at its last rotation and gives nothing back."""
-    nodes = list(module.graph.nodes)
-    end = max(index for index, node in enumerate(nodes) if node.target is ROTATE)
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    for node in nodes[: end + 1]:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    # The interpreter asks for every argument that the segment is called with.
-    for node in nodes[end + 1 :]:
-        if node.op == "placeholder":
-            copies[node] = graph.node_copy(node)
-    graph.output(None)
-    return GraphModule(module, graph)
-
-
-def _select_rows(value: Tensor, mask: Tensor | None) -> Tensor:
+def select_rows(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows `(M, K)` of a value that count."""
     rows = value.reshape(-1, value.shape[-1])
     # A mask over encoder tokens says nothing of tensors with another number of rows.
     return rows if mask is None or mask.numel() != len(rows) else rows[mask.to(rows.device)]

@@ -17,6 +17,8 @@ from parofx.cli.generate import generate
 from parofx.cli.inspect import inspect
 from parofx.cli.passes import passes
 from parofx.cli.quantize import quantize
+from parofx.cli.tune import tune
+from parofx.cli.verify import verify
 from parofx.errors import ParoError
 
 #: Exit status of a command that ended in a `ParoError`; the same as for a wrong option.
@@ -71,7 +73,7 @@ def root(
     """  # noqa: D301  (\b is click's mark for "keep these lines")
 
 
-for _command in (quantize, evaluate, generate, inspect, explain, passes, doctor):
+for _command in (quantize, evaluate, generate, inspect, explain, passes, doctor, verify, tune):
     app.command("eval" if _command is evaluate else _command.__name__)(_command)
 
 

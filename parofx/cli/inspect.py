@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -47,12 +48,16 @@ def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a PARO checkpoint.", show_default=False)],
     sort: Annotated[Literal["stored", "error", "size"], typer.Option(help="Order of the layers.")] = "stored",
     json_file: JsonFile = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Write the report of the run that made it as an HTML page.", dir_okay=False)
+    ] = None,
 ) -> None:
     """List the quantized layers of a checkpoint. Reads headers only, whatever the checkpoint's size.
 
     \b
     parofx inspect llama-paro
     parofx inspect llama-paro --sort error --json layers.json
+    parofx inspect llama-paro --page report.html
     """  # noqa: D301
     summary = summarize(checkpoint)
     layers = list(summary.layers)
@@ -81,6 +86,15 @@ def inspect(
         f"{size(summary.quantized_bytes)} quantized + {size(summary.float_bytes)} float = {size(total)}",
         highlight=False,
     )
+    stored = _stored_report(checkpoint)
+    _print_blocks(stored.get("blocks", ()))
+    if page is not None:
+        if not stored:
+            raise CheckpointError(f"{checkpoint} holds no {REPORT_FILE}: parofx quantize writes it beside a checkpoint")
+        from parofx.report_page import save_page
+
+        save_page(stored, page)
+        console.print(f"wrote {page}", highlight=False)
     if json_file is not None:
         write_json(json_file, asdict(summary) | {"bits_per_weight": summary.bits_per_weight})
 
@@ -120,10 +134,28 @@ def summarize(folder: Path) -> Summary:
     return Summary(tuple(layers), in_layers, sum(tensor.nbytes for tensor in shards.tensors.values()) - in_layers)
 
 
-def _stored_errors(folder: Path) -> dict[str, float]:
-    report = folder / REPORT_FILE
-    if not report.is_file():
-        return {}
+def _print_blocks(blocks: Sequence[Mapping[str, Any]]) -> None:
+    """Show by which factor each stage lowered the loss of each trained block."""
+    if not blocks:
+        return
+    names = list(dict.fromkeys(stage["name"] for block in blocks for stage in block["stages"]))
+    table = Table("block", *names, "held-out loss", box=None)
+    for block in blocks:
+        stages = {stage["name"]: stage for stage in block["stages"]}
+        changes = [
+            "–" if name not in stages else f"×{stages[name]['after'] / (stages[name]['before'] or 1.0):.3f}"
+            for name in names
+        ]
+        table.add_row(block["name"], *changes, f"{block['stages'][-1]['after']:.2e}")
+    console.print(table)
+
+
+def _stored_report(folder: Path) -> dict[str, Any]:
     from parofx.checkpoint import files
 
-    return {linear["name"]: linear["relative_error"] for linear in files.read_json(report).get("linears", ())}
+    report = folder / REPORT_FILE
+    return files.read_json(report) if report.is_file() else {}
+
+
+def _stored_errors(folder: Path) -> dict[str, float]:
+    return {linear["name"]: linear["relative_error"] for linear in _stored_report(folder).get("linears", ())}

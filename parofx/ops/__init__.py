@@ -11,12 +11,16 @@ and round once. Under autocast the linears cast `x`, as `F.linear` does.
 | `int4_linear(x, qweight, qzeros, scales, bias, group_size)` | `x @ Wq + bias` |
 | `rotate_int4_linear(x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, group_size)` | both in one |
 | `rotate_int4_siblings(x, pairs[], theta[], …)` | one output per linear that reads the same `x` |
+| `rmsnorm_rotate(x, residual, weight, …)` | the rotations of a normed sum, and the sum |
+| `silu_mul_rotate(gate, up, …)` | the rotations of a gated activation |
+| `int4_siblings(x[], qweight[], …)` | one output per linear that reads a rotated `x` |
 """
 
 from __future__ import annotations
 
 from parofx.ops.autocast import cast_activation
 from parofx.ops.linear import int4_linear, int4_linear_backward, rotate_int4_linear
+from parofx.ops.producers import int4_siblings, rmsnorm_rotate, silu_mul_rotate
 from parofx.ops.rounding import fake_quantize, fake_quantize_backward
 from parofx.ops.siblings import differentiate_siblings, rotate_int4_siblings, save_siblings, spread_bias
 from parofx.ops.transform import rotate, rotate_backward
@@ -28,10 +32,13 @@ __all__ = [
     "fake_quantize_backward",
     "int4_linear",
     "int4_linear_backward",
+    "int4_siblings",
+    "rmsnorm_rotate",
     "rotate",
     "rotate_backward",
     "rotate_int4_linear",
     "rotate_int4_siblings",
     "save_siblings",
+    "silu_mul_rotate",
     "spread_bias",
 ]

@@ -5,7 +5,7 @@
 | FLOAT | `capture`, `normalize` |
 | PREPARED | `insert_transforms` |
 | CALIBRATED | `calibrate` |
-| CONVERTED | `convert`, `merge_siblings` |
+| CONVERTED | `convert`, `merge_siblings`, `fuse_producers` |
 | LOWERED | `lower` |
 """
 
@@ -18,13 +18,16 @@ from parofx.passes.capture import capture
 from parofx.passes.convert import Convert
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.lower import Lower
-from parofx.passes.merge_siblings import MergeSiblings
+
+from parofx.passes.merge_siblings import MergeSiblings  # isort: skip
+from parofx.passes.fuse_producers import FuseProducers  # isort: skip  (the catalogue lists passes as they are run)
 from parofx.passes.normalize import Normalize
 from parofx.passes.verify import census, verify_equal, verify_stage
 
 __all__ = [
     "Calibrate",
     "Convert",
+    "FuseProducers",
     "InsertTransforms",
     "Lower",
     "MergeSiblings",

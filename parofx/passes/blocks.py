@@ -63,19 +63,21 @@ def block_of(node: Node, blocks: tuple[str, ...]) -> str:
 def split_at_blocks(gm: GraphModule, blocks: tuple[str, ...]) -> GraphModule:
     """Return a graph of sub-graphs, cut wherever execution enters another block; it computes the same.
 
-    Nodes between two blocks stay with the one before. Sub-graphs share the tensors of `gm`.
+    Nodes between two blocks stay with the one before; those behind the last one, an output head that is far wider than
+    any block, make a graph of their own. Sub-graphs share the tensors of `gm`.
     """
     part = 0
     current: str | None = None
     partition: dict[Node, int] = {}
-    for node in gm.graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output"):
-            continue
+    computed = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    last = next((node for node in reversed(computed) if block_of(node, blocks) != WHOLE_GRAPH), None)
+    for node in computed:
         block = block_of(node, blocks)
         if block != WHOLE_GRAPH and block != current:
             part += current is not None or bool(partition)
             current = block
         partition[node] = part
+        part += node is last
     root = torch.nn.Module()
     root.__dict__.update(gm.__dict__)
     return split_module(gm, root, lambda node: partition[node], keep_original_order=True)

@@ -7,29 +7,23 @@ change. A transform that could not be improved keeps its start, and the report s
 
 from __future__ import annotations
 
-import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from parofx.calibration.fitting import FittedTransform, fit
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.statistics import InputStatistics
-from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
-from parofx.calibration.stream import BlockStream
 from parofx.config import ParoConfig
 from parofx.errors import DataError
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.derived import derived
 from parofx.passes.transforms import Transform, find_transforms
-from parofx.report import TransformReport
-
-logger = logging.getLogger("parofx")
+from parofx.report import BlockReport, TransformReport
 
 
 @register
@@ -64,7 +58,10 @@ class Calibrate:
                     progress.enter(transform.block)
                     progress.fitted(transform.apply(gm, self._fit_weights(gm, transform)))
             else:
-                _DataRun(self, gm, transforms, progress).run()
+                # It reads graphs with helpers of this package, which imports this module.
+                from parofx.calibration.data_run import DataRun
+
+                DataRun(gm, transforms, self.batches, self.config, partial(self.fit, gm), progress).run()
         set_stage(gm, Stage.CALIBRATED)
         report = PassReport(self.name, changed=len(transforms))
         for one in reports_of(gm):
@@ -73,16 +70,23 @@ class Calibrate:
                 report.matched.append((one.name, change))
             else:
                 report.skipped.append((one.name, f"no rotation beat the start; kept it ({change})"))
+        for block in block_reports_of(gm):
+            for stage in block.stages:
+                (report.matched if stage.improved else report.skipped).append((block.name, str(stage)))
         return report
 
     def fit(
-        self, gm: GraphModule, transform: Transform, power: Tensor | None, block_gram: Tensor | None
+        self,
+        gm: GraphModule,
+        transform: Transform,
+        statistics: InputStatistics | None,
+        held_out: InputStatistics | None = None,
     ) -> FittedTransform:
         """Fit one transform on given statistics."""
         return fit(
             [linear.weight for linear in transform.linears],
-            power,
-            block_gram,
+            statistics,
+            held_out,
             bits=transform.bits,
             group_size=transform.group_size,
             krot=transform.krot(gm),
@@ -91,7 +95,7 @@ class Calibrate:
 
     def _fit_weights(self, gm: GraphModule, transform: Transform) -> FittedTransform:
         def make() -> FittedTransform:
-            return self.fit(gm, transform, None, None)
+            return self.fit(gm, transform, None)
 
         if not self.reuse:
             return make()
@@ -104,6 +108,11 @@ def reports_of(gm: GraphModule) -> tuple[TransformReport, ...]:
     return tuple(gm.meta.get("parofx_transform_reports", {}).values())
 
 
+def block_reports_of(gm: GraphModule) -> tuple[BlockReport, ...]:
+    """Return what calibration noted of each block it trained."""
+    return tuple(gm.meta.get("parofx_block_reports", {}).values())
+
+
 def _check_weights(transforms: Sequence[Transform]) -> None:
     weights = [linear for transform in transforms for linear in transform.linears]
     wrong = [linear.name for linear in weights if not torch.isfinite(linear.weight).all()]
@@ -112,95 +121,4 @@ def _check_weights(transforms: Sequence[Transform]) -> None:
         raise DataError(
             f"the weight of {names} must be finite, got NaN or infinity; repair the model or add it to "
             "modules_to_not_convert"
-        )
-
-
-class _DataRun:
-    """One pass over calibration data, block by block."""
-
-    def __init__(
-        self, settings: Calibrate, gm: GraphModule, transforms: Sequence[Transform], progress: BlockProgress
-    ) -> None:
-        self._settings = settings
-        self._gm = gm
-        self._transforms = {transform.name: transform for transform in transforms}
-        self._progress = progress
-        self._batches = list(settings.batches or ())
-        if not self._batches:
-            raise DataError("calibration must hold at least one batch, got none; pass calibration=None for data-free")
-        for index, batch in enumerate(self._batches):
-            _check_batch(index, batch)
-        self._statistics: dict[str, InputStatistics] = {}
-
-    def run(self) -> None:
-        """Fit every transform after the last segment that computes one of its inputs."""
-        stream = BlockStream(self._gm, self._batches)
-        store = self._open_store()
-        finished = store.finished() if store else 0
-        if store and finished:
-            logger.info("resuming calibration after %d of %d segments", finished, len(stream.segments))
-            stream.borders = store.load_borders()
-        due = {name: stream.last_segment_of(name) for name in self._transforms}
-        for index, segment in enumerate(stream.segments):
-            names = [name for name, last in due.items() if last == segment]
-            if store and index < finished:
-                fits = unpack_fits(store.load_segment(index))
-                for name in names:
-                    self._apply(name, fits[name])
-                continue
-            self._progress.enter(self._transforms[names[0]].block if names else "")
-            for batch in stream.run(segment, self._record):
-                self._progress.forwarded(batch + 1, len(self._batches))
-            fits = {name: self._fit(name) for name in names}
-            if store:
-                store.save_segment(
-                    index, {key: one for name in fits for key, one in pack_fit(name, fits[name]).items()}
-                )
-                # Statistics pooled over several segments are not on disk: a run resumes only where none are open.
-                if not self._statistics:
-                    store.save_borders(index, stream.borders)
-
-    def _record(self, name: str, rows: Tensor) -> None:
-        found = self._statistics.get(name)
-        if found is None:
-            group_size = self._transforms[name].group_size
-            found = self._statistics[name] = InputStatistics(rows.shape[-1], group_size)
-        found.update(rows, where=f"the input of {name}")
-
-    def _fit(self, name: str) -> FittedTransform:
-        statistics = self._statistics.pop(name)
-        device = self._transforms[name].parameters(self._gm)[0].device
-        power: Tensor | None = None
-        gram: Tensor | None = None
-        if statistics.count:
-            gram, power = statistics.block_gram.to(device), statistics.power.to(device)
-        else:
-            logger.warning("no calibration row reaches %s; it is fitted on its weights alone", name)
-        fitted = self._settings.fit(self._gm, self._transforms[name], power, gram)
-        self._apply(name, fitted)
-        return fitted
-
-    def _apply(self, name: str, fitted: FittedTransform) -> None:
-        self._progress.fitted(self._transforms[name].apply(self._gm, fitted))
-
-    def _open_store(self) -> CalibrationStore | None:
-        calibration = self._settings.config.calibration
-        if calibration.work_dir is None:
-            return None
-        options = self._settings.config.to_dict()
-        options["calibration"] = {k: v for k, v in options["calibration"].items() if k not in ("work_dir", "resume")}
-        options["graph"] = self._gm.code
-        tensors = itertools.chain(self._gm.named_parameters(), self._gm.named_buffers())
-        digest = fingerprint(options, tensors, self._batches)
-        return CalibrationStore(calibration.work_dir, digest, resume=calibration.resume)
-
-
-def _check_batch(index: int, batch: Mapping[str, Any]) -> None:
-    empty = [name for name, value in batch.items() if isinstance(value, Tensor) and value.numel() == 0]
-    mask = batch.get("attention_mask")
-    if not empty and isinstance(mask, Tensor) and not mask.any():
-        empty = ["attention_mask"]
-    if empty:
-        raise DataError(
-            f"a calibration batch must hold rows: batch {index} has none in {', '.join(empty)}; leave it out"
         )

@@ -24,8 +24,17 @@ INT4_LINEAR = torch.ops.parofx.int4_linear.default
 EMBEDDING = (torch.ops.aten.embedding.default, torch.nn.functional.embedding)
 ROTATE_INT4_LINEAR = torch.ops.parofx.rotate_int4_linear.default
 ROTATE_INT4_SIBLINGS = torch.ops.parofx.rotate_int4_siblings.default
+#: What `fuse_producers` makes: producers that rotate, and the linears behind them.
+RMSNORM_ROTATE = torch.ops.parofx.rmsnorm_rotate.default
+SILU_MUL_ROTATE = torch.ops.parofx.silu_mul_rotate.default
+INT4_SIBLINGS = torch.ops.parofx.int4_siblings.default
 #: Operators that the lowering must replace.
-SEMANTIC = frozenset({ROTATE, FAKE_QUANTIZE, INT4_LINEAR, ROTATE_INT4_LINEAR, ROTATE_INT4_SIBLINGS})
+SEMANTIC = frozenset(
+    {
+        ROTATE, FAKE_QUANTIZE, INT4_LINEAR, ROTATE_INT4_LINEAR, ROTATE_INT4_SIBLINGS,
+        RMSNORM_ROTATE, SILU_MUL_ROTATE, INT4_SIBLINGS,
+    }
+)  # fmt: skip
 
 #: Metadata of a parameter that stays float whatever reads it: the `FloatReason`.
 STAYS_FLOAT = "parofx_stays_float"

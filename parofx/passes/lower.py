@@ -19,7 +19,8 @@ from parofx import providers
 from parofx.config import Activations
 from parofx.errors import LoweringError, one_per_line
 from parofx.passes.base import PassReport, Stage, register, set_stage
-from parofx.passes.graph import ROTATE_INT4_SIBLINGS, SEMANTIC, nodes_calling, remove_dead_code
+from parofx.passes.fused_calls import choose_fusing, fused_call, replace_total
+from parofx.passes.graph import INT4_SIBLINGS, ROTATE_INT4_SIBLINGS, SEMANTIC, nodes_calling, remove_dead_code
 
 
 @register
@@ -44,12 +45,23 @@ class Lower:
         used: Counter[str] = Counter()
         for node in nodes_calling(gm.graph, ROTATE_INT4_SIBLINGS):
             call = sibling_call(gm, node, self.device, self.activations)
-            provider, passed_over = self._choose(call)
+            provider, passed_over = choose_provider(call, self.provider)
             with gm.graph.inserting_before(node):
                 outputs = provider.emit(call)
             _replace_outputs(gm, node, outputs)
             used[provider.name] += 1
             report.matched.append((node.name, f"{provider.name} ({len(outputs)} linears)"))
+            report.skipped += [(node.name, f"{name}: {reason}") for name, reason in passed_over]
+            report.changed += 1
+        for node in nodes_calling(gm.graph, INT4_SIBLINGS):
+            fused = fused_call(gm, node, self.device, self.activations)
+            fusing, passed_over = choose_fusing(fused, self.provider)
+            outputs, total = fusing.emit_fused(fused)
+            if total is not None:
+                replace_total(fused, total)
+            _replace_outputs(gm, node, outputs)
+            used[fusing.name] += 1
+            report.matched.append((node.name, f"{fusing.name} ({len(outputs)} linears behind {fused.producer.name})"))
             report.skipped += [(node.name, f"{name}: {reason}") for name, reason in passed_over]
             report.changed += 1
         remove_dead_code(gm)
@@ -61,16 +73,24 @@ class Lower:
         set_stage(gm, Stage.LOWERED)
         return report
 
-    def _choose(self, call: providers.SiblingCall) -> tuple[providers.Provider, list[tuple[str, str]]]:
-        if self.provider is None:
-            return providers.choose(call)
-        known = {provider.name: provider for provider in providers.providers()}
-        if self.provider not in known:
-            raise LoweringError(f"provider must be one of {sorted(known)}, got {self.provider!r}")
-        reason = known[self.provider].why_not(call)
-        if reason is not None:
-            raise LoweringError(f"provider {self.provider!r} does not serve {call.node.name}: {reason}")
-        return known[self.provider], []
+
+def choose_provider(
+    call: providers.SiblingCall, forced: str | None
+) -> tuple[providers.Provider, list[tuple[str, str]]]:
+    """Return the provider for a call, and why those before it were passed over.
+
+    Raises:
+        LoweringError: if a provider is forced that there is not, or that does not serve the call.
+    """
+    if forced is None:
+        return providers.choose(call)
+    known = {provider.name: provider for provider in providers.providers()}
+    if forced not in known:
+        raise LoweringError(f"provider must be one of {sorted(known)}, got {forced!r}")
+    reason = known[forced].why_not(call)
+    if reason is not None:
+        raise LoweringError(f"provider {forced!r} does not serve {call.node.name}: {reason}")
+    return known[forced], []
 
 
 def place_siblings(gm: GraphModule) -> None:

@@ -55,6 +55,13 @@ class TransformedLinear:
         """Switch fake quantization on with `scales` and `zeros (N, K/g)`."""
         _set_buffers(gm, self.fake_quantize.args[1:3], (scales, zeros))
 
+    def set_weight(self, gm: GraphModule, weight: Tensor) -> None:
+        """Let the graph read another weight `(N, K)`, in the dtype of the model's own, which stays as it is."""
+        node = self.parameter_node
+        assert node.op == "get_attr"
+        weight = weight.to(self.weight.dtype)
+        _set_buffers(gm, (node,), (weight.t() if self._source.target is TRANSPOSE else weight,))
+
     def grid(self, gm: GraphModule) -> tuple[Tensor, Tensor]:
         """Return `(scales, zeros)`; empty while fake quantization is off."""
         scales, zeros = (get_attribute(gm, str(node.target)) for node in self.fake_quantize.args[1:3])  # type: ignore[union-attr]
@@ -88,12 +95,17 @@ class Transform:
         parts = (fitted.pairs, fitted.theta, fitted.channel_scales)
         self.set_parameters(gm, *(part.to(device) for part in parts))
         errors = gm.meta.setdefault("parofx_relative_errors", {})
-        for linear, grid, error in zip(self.linears, fitted.grids, fitted.errors, strict=True):
+        for index, (linear, grid, error) in enumerate(zip(self.linears, fitted.grids, fitted.errors, strict=True)):
             linear.set_grid(gm, *(part.to(device) for part in grid))
+            weight = fitted.weight(index)
+            if weight is not None:
+                linear.set_weight(gm, weight.to(device))
             errors[linear.name] = error
         members = tuple(linear.name for linear in self.linears)
+        nearest = gm.meta.setdefault("parofx_nearest_errors", {})
+        nearest |= zip(members, fitted.nearest_errors or (), strict=False)
         report = TransformReport(
-            self.name, members, self.block, fitted.loss_before, fitted.loss_after, fitted.angle_rms
+            self.name, members, self.block, fitted.loss_before, fitted.loss_after, fitted.angle_rms, fitted.damping
         )
         gm.meta.setdefault("parofx_transform_reports", {})[self.name] = report
         return report

@@ -10,11 +10,13 @@ from parofx.cpu_ops.provider import CpuProvider
 from parofx.errors import LoweringError, one_per_line
 from parofx.providers.aten import AtenProvider
 from parofx.providers.base import Provider, SiblingCall
+from parofx.providers.fusing import FusedCall, FusingProvider
 from parofx.providers.reference import ReferenceProvider
+from parofx.providers.triton import TritonProvider
 
-__all__ = ["Provider", "SiblingCall", "choose", "providers", "register"]
+__all__ = ["FusedCall", "FusingProvider", "Provider", "SiblingCall", "choose", "providers", "register"]
 
-_PROVIDERS: list[Provider] = [CpuProvider(), AtenProvider(), ReferenceProvider()]
+_PROVIDERS: list[Provider] = [CpuProvider(), TritonProvider(), AtenProvider(), ReferenceProvider()]
 
 
 def providers() -> tuple[Provider, ...]:

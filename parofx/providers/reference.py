@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from parofx import ops
 from parofx.providers.base import SiblingCall
+from parofx.providers.fusing import FusedCall, unfuse
 
 
 @torch.library.custom_op("parofx::reference_int4_siblings", mutates_args=())
@@ -66,3 +67,19 @@ class ReferenceProvider:
         merged = graph.call_function(torch.ops.parofx.reference_int4_siblings.default, call.node.args)
         merged.meta = dict(call.node.meta)
         return [graph.call_function(operator.getitem, (merged, index)) for index in range(len(call.weights))]
+
+    def why_not_fuse(self, call: SiblingCall) -> str | None:
+        """Return that nothing is gained: the reference fuses nothing."""
+        return "the reference has nothing to gain"
+
+    def emit_fused(self, fused: FusedCall) -> tuple[list[Node], Node | None]:
+        """Insert the producer as ATen operators and the reference operator behind it."""
+        x, total = unfuse(fused)
+        call, graph = fused.call, fused.call.gm.graph
+        rotations = [list(nodes) for nodes in zip(*call.rotations, strict=True)]
+        with graph.inserting_before(call.node):
+            args = (x, *rotations, *call.node.args[1:])
+            merged = graph.call_function(torch.ops.parofx.reference_int4_siblings.default, args)
+            merged.meta = dict(call.node.meta)
+            outputs = [graph.call_function(operator.getitem, (merged, index)) for index in range(len(call.weights))]
+        return outputs, total

@@ -59,7 +59,7 @@ def check_rotation(
     max_examples: int | None = None,
     tolerances: Mapping[torch.dtype, Tolerance] = WIDE_OPERANDS,
     takes_out: bool = False,
-) -> None:
+) -> float:
     """Check `fn(v, pairs, theta, scales, group_size)`, `ROT(v ⊙ scales)`, on drawn cases.
 
     Args:
@@ -69,10 +69,13 @@ def check_rotation(
         tolerances: per input dtype.
         takes_out: pass a keyword `out`, full of NaN, that the kernel must fill and return.
 
+    Returns:
+        The largest relative error of a case, `‖got − expected‖ / ‖expected‖`.
+
     Raises:
         AssertionError: for the smallest failing case found, which is printed with it.
     """
-    _draw(
+    return _draw(
         rotation_cases() if cases is None else cases,
         lambda case: check_rotation_case(fn, case, tolerances=tolerances, takes_out=takes_out),
         max_examples,
@@ -86,9 +89,9 @@ def check_int4_linear(
     max_examples: int | None = None,
     tolerances: Mapping[torch.dtype, Tolerance] = NARROW_OPERANDS,
     takes_out: bool = False,
-) -> None:
+) -> float:
     """Check `fn(x, qweight, qzeros, scales, bias, group_size)`, `x @ Wq + bias`; arguments as `check_rotation`'s."""
-    _draw(
+    return _draw(
         linear_cases() if cases is None else cases,
         lambda case: check_int4_linear_case(fn, case, tolerances=tolerances, takes_out=takes_out),
         max_examples,
@@ -102,12 +105,12 @@ def check_rotate_int4_linear(
     max_examples: int | None = None,
     tolerances: Mapping[torch.dtype, Tolerance] = NARROW_OPERANDS,
     takes_out: bool = False,
-) -> None:
+) -> float:
     """Check `fn(x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, group_size)`, both in one call.
 
     Arguments as `check_rotation`'s.
     """
-    _draw(
+    return _draw(
         rotate_linear_cases() if cases is None else cases,
         lambda case: check_rotate_int4_linear_case(fn, case, tolerances=tolerances, takes_out=takes_out),
         max_examples,
@@ -120,14 +123,14 @@ def check_rotation_case(
     *,
     tolerances: Mapping[torch.dtype, Tolerance] = WIDE_OPERANDS,
     takes_out: bool = False,
-) -> None:
+) -> float:
     """Check one case of `check_rotation`."""
     args = (case.x(), *case.rotation(), case.group_size)
     got = _call(fn, args, case.in_features if takes_out else None)
     tolerance = tolerances[case.dtype]
     expected = reference.rotate(*args)
     magnitude = _group_norms(case.x(), case.rotation().scales, case)
-    _compare(case, got, expected, tolerance.rounding * abs(expected) + tolerance.computing * magnitude)
+    return _compare(case, got, expected, tolerance.rounding * abs(expected) + tolerance.computing * magnitude)
 
 
 def check_int4_linear_case(
@@ -136,7 +139,7 @@ def check_int4_linear_case(
     *,
     tolerances: Mapping[torch.dtype, Tolerance] = NARROW_OPERANDS,
     takes_out: bool = False,
-) -> None:
+) -> float:
     """Check one case of `check_int4_linear`."""
     x, packed = case.x(), case.weight()
     got = _call(fn, (x, *packed, case.group_size), 8 * case.words if takes_out else None)
@@ -144,7 +147,7 @@ def check_int4_linear_case(
     products = abs(reference.float64(x)) @ abs(reference.dequantize(*packed[:3])) + _absolute(packed.bias)
     tolerance = tolerances[case.dtype]
     bound = tolerance.rounding * abs(expected) + (tolerance.operands + tolerance.computing) * products
-    _compare(case, got, expected, bound)
+    return _compare(case, got, expected, bound)
 
 
 def check_rotate_int4_linear_case(
@@ -153,7 +156,7 @@ def check_rotate_int4_linear_case(
     *,
     tolerances: Mapping[torch.dtype, Tolerance] = NARROW_OPERANDS,
     takes_out: bool = False,
-) -> None:
+) -> float:
     """Check one case of `check_rotate_int4_linear`."""
     x, rotation, packed = case.x(), case.rotation(), case.weight()
     args = (x, *rotation, *packed, case.group_size)
@@ -164,17 +167,19 @@ def check_rotate_int4_linear_case(
     magnitude = _group_norms(x, rotation.scales, case) @ weight + _absolute(packed.bias)
     tolerance = tolerances[case.dtype]
     bound = tolerance.rounding * abs(expected) + tolerance.operands * products + tolerance.computing * magnitude
-    _compare(case, got, expected, bound)
+    return _compare(case, got, expected, bound)
 
 
-def _draw(cases: SearchStrategy[_Case], check: Callable[[_Case], None], max_examples: int | None) -> None:
+def _draw(cases: SearchStrategy[_Case], check: Callable[[_Case], float], max_examples: int | None) -> float:
     # A first call may compile for seconds: no deadline.
     @settings(deadline=None, max_examples=max_examples or settings().max_examples)
     @given(case=cases)
     def holds(case: _Case) -> None:
-        check(case)
+        errors.append(check(case))
 
+    errors: list[float] = []
     holds()
+    return max(errors, default=0.0)
 
 
 def _call(fn: Callable[..., Tensor], args: tuple[Any, ...], out_features: int | None) -> Tensor:
@@ -226,8 +231,8 @@ def _absolute(bias: Tensor | None) -> Array | float:
     return 0.0 if bias is None else abs(reference.float64(bias))
 
 
-def _compare(case: object, got: Tensor, expected: Array, bound: Array) -> None:
-    """Raise, with the case and the worst element, if `got` leaves the bound around `expected`."""
+def _compare(case: object, got: Tensor, expected: Array, bound: Array) -> float:
+    """Return `‖got − expected‖ / ‖expected‖`; raise, with the case and the worst element, outside of the bound."""
     if tuple(got.shape) != expected.shape:
         raise AssertionError(f"expected shape {expected.shape}, got {tuple(got.shape)}\n  {case}")
     smallest = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
@@ -236,7 +241,8 @@ def _compare(case: object, got: Tensor, expected: Array, bound: Array) -> None:
     excess = error - bound - smallest
     wrong = int((excess > 0).sum())
     if not wrong:
-        return
+        norm = float(np.linalg.norm(expected))
+        return float(np.linalg.norm(error)) / norm if norm else 0.0
     worst = np.unravel_index(np.argmax(excess), expected.shape)
     raise AssertionError(
         f"{wrong} of {expected.size} elements are wrong ({int(np.isnan(values).sum())} NaN); the worst is "

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from parofx import affine
-from parofx.calibration.fitting import fit, rotate_weight
+from parofx.calibration.feedback import RoundedWeight
+from parofx.calibration.fitting import choose_damping, fit, rotate_weight
+from parofx.calibration.statistics import InputStatistics
 from parofx.config import CalibrationConfig
 from parofx.rotation import inverse_rotate
 
@@ -15,20 +17,28 @@ def weights(seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(n, K, generator=generator) * channels for n in (48, 16)]
 
 
-def gram(seed: int = 0) -> torch.Tensor:
-    rows = torch.randn(256, K // G, G, generator=torch.Generator().manual_seed(seed))
-    return torch.einsum("mgi,mgj->gij", rows, rows) / len(rows)
+def inputs(seed: int = 0, rows: int = 256) -> torch.Tensor:
+    """Return rows of correlated channels."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, K, generator=generator) @ torch.randn(K, K, generator=torch.Generator().manual_seed(7))
 
 
-def fitted(given=None, block_gram=None, **options):
+def statistics(seed: int = 0, *, full: bool = False, rows: int = 256) -> InputStatistics:
+    result = InputStatistics(K, G, full=full)
+    result.update(inputs(seed, rows))
+    return result
+
+
+def fitted(given=None, observed=None, held_out=None, **options):
     config = CalibrationConfig(**({"steps": 30} | options))
-    power = None if block_gram is None else block_gram.diagonal(dim1=1, dim2=2).flatten()
-    return fit(given or weights(), power, block_gram, bits=4, group_size=G, krot=4, config=config)
+    return fit(given or weights(), observed, held_out, bits=4, group_size=G, krot=4, config=config)
 
 
-@pytest.mark.parametrize("block_gram", [None, gram()], ids=["weights alone", "statistics"])
-def test_tensors_are_what_a_checkpoint_holds(block_gram):
-    result = fitted(block_gram=block_gram)
+@pytest.mark.parametrize(
+    "observed", [None, statistics(), statistics(full=True)], ids=["weights alone", "nearest", "feedback"]
+)
+def test_tensors_are_what_a_checkpoint_holds(observed):
+    result = fitted(observed=observed)
     assert (result.pairs.dtype, tuple(result.pairs.shape)) == (torch.int16, (4, K))
     assert (result.theta.dtype, tuple(result.theta.shape)) == (torch.float16, (4, K // 2))
     assert (result.channel_scales.dtype, tuple(result.channel_scales.shape)) == (torch.float16, (1, K))
@@ -39,18 +49,69 @@ def test_tensors_are_what_a_checkpoint_holds(block_gram):
     assert result.loss_after < result.loss_before
     assert result.angle_rms == pytest.approx(float(result.theta.float().pow(2).mean().sqrt()))
     assert result.angle_rms > 0.01
+    if observed is None or not observed.full:
+        assert result.codes is result.nearest_errors is result.damping is None
+        assert result.weight(0) is None
+    else:
+        assert [(one.dtype, tuple(one.shape)) for one in result.codes] == [
+            (torch.uint8, (48, K)),
+            (torch.uint8, (16, K)),
+        ]
+        assert result.damping == 0.1  # nothing is held out: the middle candidate
 
 
 def test_errors_are_those_of_the_outputs():
     """The reported error is E‖(W − Ŵ)x‖² / E‖Wx‖² for inputs that have the given moments inside each group."""
-    block_gram = gram()
-    result = fitted(block_gram=block_gram)
+    observed = statistics()
+    result = fitted(observed=observed)
     rotation = (result.pairs, result.theta, result.channel_scales)
     for weight, grid, error in zip(weights(), result.grids, result.errors, strict=True):
         rounded = affine.fake_quantize(rotate_weight(weight, *rotation, G), *grid, 4, G)
         reciprocal = result.channel_scales.float().reciprocal()
         back = inverse_rotate(rounded, result.pairs, result.theta, reciprocal, G)
-        assert error == pytest.approx(energy(back - weight, block_gram) / energy(weight, block_gram), rel=1e-3)
+        expected = energy(back - weight, observed.block_gram) / energy(weight, observed.block_gram)
+        assert error == pytest.approx(expected, rel=1e-3)
+
+
+def test_feedback_lowers_the_error_of_the_outputs_and_says_by_how_much():
+    x = inputs()
+    result = fitted(observed=statistics(full=True))
+    assert result.codes is not None
+    for index, weight in enumerate(weights()):
+        found = result.weight(index)
+        measured = float((x @ (found - weight).t()).square().sum() / (x @ weight.t()).square().sum())
+        # Moments are of inputs rounded to bf16 where that is faster.
+        assert result.errors[index] == pytest.approx(measured, rel=0.02)
+        assert result.errors[index] < 0.8 * result.nearest_errors[index]
+
+
+def test_a_weight_rounded_with_feedback_has_its_codes_as_the_nearest_ones():
+    """So a graph that holds the weight needs no codes besides; also in 16 bit."""
+    result = fitted(observed=statistics(full=True))
+    rotation = (result.pairs, result.theta, result.channel_scales)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for index, (codes, grid) in enumerate(zip(result.codes, result.grids, strict=True)):
+            rotated = rotate_weight(result.weight(index).to(dtype), *rotation, G)
+            assert torch.equal(affine.quantize(rotated, *grid, 4, G), codes)
+            assert torch.equal(RoundedWeight(codes, *grid).dequantized(), affine.fake_quantize(rotated, *grid, 4, G))
+
+
+def test_damping_is_the_best_on_held_out_input():
+    few, many = statistics(1, full=True, rows=24), statistics(2, full=True, rows=2048)
+    weight = torch.cat(weights())
+    scales, zeros = affine.choose_qparams(weight, 4, G)
+    candidates = (0.001, 0.1, 1.0)
+
+    def chosen(observed, held_out):
+        config = CalibrationConfig(damping=candidates)
+        return choose_damping(weight, scales, zeros, observed.gram, held_out.gram, bits=4, config=config)
+
+    assert chosen(few, few) == 0.001
+    assert chosen(few, many) > 0.001
+    everything = statistics(1, full=True, rows=24)
+    everything.merge(many)
+    assert fitted(observed=everything, held_out=many, damping=candidates).damping > 0.001
+    assert fitted(observed=everything, damping=candidates).damping == 0.1
 
 
 def energy(weight: torch.Tensor, block_gram: torch.Tensor) -> float:

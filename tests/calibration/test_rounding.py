@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from parofx import affine, rotation
 from parofx.calibration import rounding
-from parofx.calibration.rounding import choose_clipped_qparams, relative_error, rotated_block_gram
+from parofx.calibration.rounding import choose_clipped_qparams, relative_error, rotated_block_gram, rotated_gram
 from parofx.calibration.statistics import InputStatistics
 from parofx.errors import ConfigError, ShapeError
 from parofx.pairing import make_pairs
@@ -99,6 +99,19 @@ def test_rotated_gram_is_the_gram_of_rotated_inputs(groups: int, krot: int, seed
     torch.testing.assert_close(found, after.block_gram, rtol=TOLERANCE, atol=TOLERANCE * scale)
 
 
+@given(groups=st.integers(1, 3), krot=st.integers(0, 4), seed=st.integers(0, 99))
+def test_rotated_full_gram_is_the_gram_of_rotated_inputs(groups: int, krot: int, seed: int) -> None:
+    in_features = groups * GROUP
+    pairs = make_pairs(in_features, GROUP, krot, seed=seed)
+    theta = normal(krot, in_features // 2, seed=seed).half()
+    channel_scales = (normal(1, in_features, seed=seed + 1).exp()).half()
+    x = normal(40, in_features, seed=seed + 2)
+    turned = rotation.rotate(x, pairs, theta, channel_scales, GROUP)
+    found = rotated_gram(x.t() @ x, pairs, theta, channel_scales, GROUP)
+    expected = turned.t() @ turned
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE * expected.abs().amax().item())
+
+
 def test_relative_error_is_that_of_the_outputs() -> None:
     x, w = normal(50, GROUP), normal(6, GROUP, seed=1)
     w_hat = w + 0.1 * normal(6, GROUP, seed=2)
@@ -131,6 +144,8 @@ def test_errors() -> None:
         choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=(1.0,), block_gram=wrong)
     with pytest.raises(ShapeError, match="block_gram must be"):
         rotated_block_gram(wrong, make_pairs(16, GROUP, 2, seed=0), torch.zeros(2, 8), torch.ones(16), GROUP)
+    with pytest.raises(ShapeError, match=r"gram must be \(16, 16\) to fit the rotation, got \(8, 8\)"):
+        rotated_gram(wrong[0], make_pairs(16, GROUP, 2, seed=0), torch.zeros(2, 8), torch.ones(16), GROUP)
     with pytest.raises(ShapeError, match="two matrices of one shape"):
         relative_error(w, w[:2], None)
     with pytest.raises(ShapeError, match="block_gram must be"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from parofx.calibration.sources import check_document, interleave, load_texts
+from parofx.calibration.sources import DATASETS, check_document, interleave, load_texts
 from parofx.errors import DataError
 
 MESSAGES = [{"role": "user", "content": "why ?"}]
@@ -133,6 +133,40 @@ def test_a_dataset_is_streamed_from_the_split_that_is_named(monkeypatch: pytest.
         ("wikitext", "wikitext-2-raw-v1", {"split": "train", "streaming": True}),
         ("org/data", None, {"split": "validation", "streaming": True}),
     ]
+
+
+def test_the_names_of_papers_and_several_sources_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls: list[Any] = []
+
+    def load_dataset(name: str, config: str | None, **options: Any) -> list[dict[str, str]]:
+        calls.append((name, config, options["split"]))
+        return [{"text": f"{name} {index}"} for index in range(2)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    notes = write(tmp_path / "notes.txt", "mine")
+    found = list(load_texts(f"wikitext2+{notes}+c4"))
+    assert found == ["Salesforce/wikitext 0", "mine", "allenai/c4 0", "Salesforce/wikitext 1", "allenai/c4 1"]
+    for name in DATASETS:
+        list(load_texts(name))
+    assert {call[2] for call in calls} == {"train", "validation"}
+    assert all("/" in call[0] for call in calls)
+    assert calls[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")
+    together = write(tmp_path / "a+b.txt", "one file")
+    assert list(load_texts(together)) == ["one file"]
+
+
+def test_one_of_several_sources_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"'allenai/c4:en' is no file or folder.*ConnectionError: no network"):
+        list(load_texts("c4+pile"))
+    with pytest.raises(DataError, match=r"no such file or folder: missing\.txt"):
+        list(load_texts("c4+missing.txt"))
 
 
 def test_a_dataset_that_cannot_be_read_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parofx.calibration import statistics as statistics_module
 from parofx.calibration.statistics import InputStatistics
 from parofx.errors import DataError, ShapeError
 
 GROUP = 4
 #: One fp32 product sum per batch; a few hundred rows.
 FP32_TOLERANCE = 1e-5
+#: Factors with 8 significant bits; products of a few units.
+BF16_TOLERANCE = 0.05
+
+
+SIZES = {"count": torch.tensor([1]), "group_size": torch.tensor([4])}
 
 
 def sample(rows: int, groups: int, seed: int = 0) -> torch.Tensor:
@@ -74,10 +80,13 @@ def test_squares_beyond_fp32_sums(scale: float) -> None:
     )
 
 
-def test_state_round_trip() -> None:
-    statistics = gathered(sample(7, 2))
+@pytest.mark.parametrize("full", [False, True])
+def test_state_round_trip(full: bool) -> None:
+    statistics = InputStatistics(2 * GROUP, GROUP, full=full)
+    statistics.update(sample(7, 2))
     restored = InputStatistics.from_tensors(statistics.to_tensors())
     assert (restored.count, restored.in_features, restored.group_size) == (7, 2 * GROUP, GROUP)
+    assert restored.full is full
     assert torch.equal(restored.block_gram, statistics.block_gram)
     restored.update(sample(7, 2, seed=1))
     assert statistics.count == 7
@@ -99,6 +108,42 @@ def test_rows_that_do_not_fit(rows: torch.Tensor) -> None:
         InputStatistics(8, GROUP).update(rows)
 
 
+@given(rows=st.integers(1, 40), groups=st.integers(1, 3), seed=st.integers(0, 99))
+def test_full_moments_hold_those_of_groups(rows: int, groups: int, seed: int) -> None:
+    x = sample(rows, groups, seed)
+    full = InputStatistics(groups * GROUP, GROUP, full=True)
+    full.update(x[: rows // 2])
+    full.update(x[rows // 2 :])
+    assert full.full
+    expected = x.double().t() @ x.double() / rows
+    torch.testing.assert_close(full.gram.double(), expected, rtol=BF16_TOLERANCE, atol=BF16_TOLERANCE)
+    torch.testing.assert_close(full.gram, full.gram.t())
+    for index, block in enumerate(full.block_gram):
+        channels = slice(index * GROUP, (index + 1) * GROUP)
+        assert torch.equal(block, full.gram[channels, channels])
+    assert torch.equal(full.power, full.gram.diagonal())
+
+
+def test_full_moments_are_gathered_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = sample(9, 3)
+    whole, pieces = (InputStatistics(3 * GROUP, GROUP, full=True) for _ in range(2))
+    whole.update(x)
+    monkeypatch.setattr(statistics_module, "_COLUMNS", 5)
+    pieces.update(x)
+    torch.testing.assert_close(pieces.gram, whole.gram, rtol=BF16_TOLERANCE, atol=BF16_TOLERANCE)
+
+
+def test_gathering_leaves_the_precision_of_products_alone() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    InputStatistics(GROUP, GROUP, full=True).update(sample(3, 1))
+    assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+
+
+def test_moments_between_groups_that_were_not_kept() -> None:
+    with pytest.raises(ShapeError, match="moments between groups must have been kept to be read; pass full=True"):
+        _ = gathered(sample(4, 2)).gram
+
+
 def test_wrong_group_size() -> None:
     with pytest.raises(ShapeError, match="group_size must divide in_features: got 4 and 10"):
         InputStatistics(10, GROUP)
@@ -114,11 +159,11 @@ def test_merge_of_other_sizes() -> None:
     [
         {},
         {"count": torch.tensor([1])},
-        {"count": torch.tensor([1]), "sums": torch.zeros(2, 4, 3, dtype=torch.float64)},
-        {"count": torch.tensor([1]), "sums": torch.zeros(2, 4, 4)},
-        {"count": torch.tensor(1), "sums": torch.zeros(2, 4, 4, dtype=torch.float64)},
+        SIZES | {"sums": torch.zeros(2, 4, 3, dtype=torch.float64)},
+        SIZES | {"sums": torch.zeros(2, 4, 4)},
+        SIZES | {"count": torch.tensor(1), "sums": torch.zeros(2, 4, 4, dtype=torch.float64)},
     ],
 )
 def test_state_that_is_not_one(tensors: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(ShapeError, match="statistics must hold count int64"):
+    with pytest.raises(ShapeError, match="statistics must hold count and group_size int64"):
         InputStatistics.from_tensors(tensors)

@@ -8,7 +8,7 @@ from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, un
 from parofx.errors import DataError
 
 
-def fitted(seed: int = 0, linears: int = 2) -> FittedTransform:
+def fitted(seed: int = 0, linears: int = 2, *, feedback: bool = False) -> FittedTransform:
     generator = torch.Generator().manual_seed(seed)
     grids = [(torch.rand(8, 1, generator=generator), torch.ones(8, 1)) for _ in range(linears)]
     return FittedTransform(
@@ -19,23 +19,32 @@ def fitted(seed: int = 0, linears: int = 2) -> FittedTransform:
         tuple(0.1 * (index + 1) for index in range(linears)),
         3.0,
         1 / 3,
+        codes=tuple(torch.arange(256, dtype=torch.uint8).view(8, 32) for _ in range(linears)) if feedback else None,
+        nearest_errors=(0.7,) * linears if feedback else None,
+        damping=0.1 if feedback else None,
     )
 
 
 def same(one: FittedTransform, other: FittedTransform) -> bool:
-    flat = [(f.pairs, f.theta, f.channel_scales, *(part for grid in f.grids for part in grid)) for f in (one, other)]
+    flat = [
+        (f.pairs, f.theta, f.channel_scales, *(part for grid in f.grids for part in grid), *(f.codes or ()))
+        for f in (one, other)
+    ]
     tensors = len(flat[0]) == len(flat[1]) and all(
         a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*flat, strict=True)
     )
-    rest = [(f.errors, f.loss_before, f.loss_after) for f in (one, other)]
+    rest = [(f.errors, f.loss_before, f.loss_after, f.nearest_errors, f.damping) for f in (one, other)]
     return tensors and rest[0] == rest[1]
 
 
 def test_fits_come_back_bit_for_bit(tmp_path):
     store = CalibrationStore(tmp_path, "a", resume=True)
-    fits = {"layers.0.q": fitted(0), "odd|name": fitted(1, linears=1)}
-    store.save_segment(0, {key: one for name, fit in fits.items() for key, one in pack_fit(name, fit).items()})
-    loaded = unpack_fits(store.load_segment(0))
+    fits = {"layers.0.q": fitted(0), "odd|name": fitted(1, linears=1), "codes": fitted(2, feedback=True)}
+    packed = {key: one for name, fit in fits.items() for key, one in pack_fit(name, fit).items()}
+    store.save_segment(0, packed, [{"stage": 1.5}])
+    tensors, notes = store.load_segment(0)
+    assert notes == [{"stage": 1.5}]
+    loaded = unpack_fits(tensors)
     assert loaded.keys() == fits.keys()
     assert all(same(loaded[name], fits[name]) for name in fits)
 
@@ -43,7 +52,7 @@ def test_fits_come_back_bit_for_bit(tmp_path):
 def test_a_segment_without_transforms(tmp_path):
     store = CalibrationStore(tmp_path, "a", resume=True)
     store.save_segment(0, {})
-    assert store.load_segment(0) == {}
+    assert store.load_segment(0) == ({}, None)
 
 
 def test_borders_come_back_with_their_kinds(tmp_path):

@@ -149,6 +149,28 @@ def test_inspect_orders_by_size_and_lives_without_a_report(files: Files, run: Ru
     assert "–" in output
 
 
+def test_inspect_shows_what_training_did_and_draws_the_report(files: Files, run: Run, tmp_path: Path) -> None:
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    for file in files.paro.iterdir():
+        (trained / file.name).symlink_to(file)
+    report = json.loads((trained / "parofx_report.json").read_text())
+    stages = [{"name": "weights", "before": 0.5, "after": 0.25, "kept": "epoch 1 of 2"}]
+    (trained / "parofx_report.json").unlink()
+    (trained / "parofx_report.json").write_text(json.dumps(report | {"blocks": [{"name": "one", "stages": stages}]}))
+    status, output, _ = run("inspect", trained, "--page", tmp_path / "report.html")
+    assert status == 0, output
+    assert "×0.500" in output
+    assert "2.50e-01" in output
+    page = (tmp_path / "report.html").read_text()
+    assert all(linear["name"] in page for linear in report["linears"])
+    (trained / "parofx_report.json").unlink()
+    refused = run("inspect", trained, "--page", tmp_path / "none.html")
+    assert refused.status == 2
+    assert "holds no parofx_report.json" in " ".join(refused.output.split())
+    assert not (tmp_path / "none.html").exists()
+
+
 def test_explain_names_every_linear_and_its_fate(files: Files, run: Run, tmp_path: Path) -> None:
     status, output, _ = run("explain", files.float_model, "--json", tmp_path / "rows.json")
     assert status == 0, output

@@ -13,13 +13,14 @@ import torch
 from graphs import Model
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.store import CalibrationStore
 from parofx.config import CalibrationConfig, ParoConfig
 from parofx.errors import DataError
 from parofx.passes import Calibrate, Convert, InsertTransforms, Stage, capture, census, stage_of
-from parofx.passes.calibrate import reports_of
+from parofx.passes.calibrate import block_reports_of, reports_of
 from parofx.passes.transforms import find_transforms
 
 Batch = dict[str, Any]
@@ -128,6 +129,55 @@ def test_a_seed_fixes_every_bit() -> None:
     assert equal(fitted(), fitted())
     other = settings(seed=1)
     assert not equal(fitted(data=batches()), fitted(other, batches()))
+
+
+def test_error_feedback_writes_the_rounded_weights_to_the_graph_alone() -> None:
+    model = graphs.Stack(2)
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    gm, x = prepared(model), skewed(5, 64, seed=11)
+    Calibrate(settings(), batches()).run(gm)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    linears = [linear for transform in find_transforms(gm) for linear in transform.linears]
+    for linear in linears:
+        assert not torch.equal(linear.weight, weights[f"{linear.name}.weight"])
+    assert set(gm.meta["parofx_nearest_errors"]) == {linear.name for linear in linears}
+    assert all(one.damping in CalibrationConfig().damping for one in reports_of(gm))
+    gm.recompile()
+    with torch.no_grad():
+        rounded = gm(x)
+        Convert().run(gm)
+        gm.recompile()
+        assert graphs.relative(gm(x), rounded) < graphs.EXACT_IN_FP32
+
+
+def test_error_feedback_lowers_the_error_of_the_output() -> None:
+    x, model = skewed(256, 64, seed=9), graphs.Stack(2)
+    errors = []
+    for rounding in ("nearest", "feedback"):
+        gm = prepared(model)
+        Calibrate(settings(rounding=rounding), [{"arg0": x}]).run(gm)
+        gm.recompile()
+        with torch.no_grad():
+            errors.append(float((gm(x) - model(x)).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("recipe", ["best", "paper"])
+def test_recipes_that_train_blocks_report_their_stages(recipe: str) -> None:
+    config = settings(recipe=recipe, transform_epochs=2, weight_epochs=1, samples=3)
+    gm = prepared(config=config)
+    report = Calibrate(config, batches()).run(gm)
+    blocks = block_reports_of(gm)
+    assert [block.name for block in blocks] == ["whatever.0", "whatever.1"]
+    for block in blocks:
+        assert [stage.name for stage in block.stages] == ["transforms", "weights", "rounding"]
+        assert all(stage.after <= stage.before for stage in block.stages)
+    said = [text for name, text in (*report.matched, *report.skipped) if name == "whatever.0"]
+    assert sorted(said) == sorted(str(stage) for stage in blocks[0].stages)
+    for name, tensor in state(gm).items():
+        assert torch.isfinite(tensor).all(), name
+        if not name.endswith("pairs"):
+            assert torch.equal(tensor, tensor.half().float()), name
 
 
 def test_data_is_not_used_by_the_data_free_recipe() -> None:
@@ -251,7 +301,7 @@ def test_statistics_of_a_shared_weight_are_pooled() -> None:
     first = find_transforms(gm)[0]
     assert len(first.inputs) == 2
     Calibrate(settings(), data).run(gm)
-    statistics = InputStatistics(64, first.group_size)
+    statistics = InputStatistics(64, first.group_size, full=True)
     for batch in data:
         x = batch["arg0"]
         statistics.update(x)
@@ -260,10 +310,43 @@ def test_statistics_of_a_shared_weight_are_pooled() -> None:
     again = prepared(model, data[0]["arg0"])
     transform = find_transforms(again)[0]
     with torch.no_grad():
-        expected = Calibrate(settings()).fit(again, transform, statistics.power, statistics.block_gram)
+        expected = Calibrate(settings()).fit(again, transform, statistics)
     _, theta, channel_scales = first.parameters(gm)
     assert torch.allclose(theta, expected.theta.float(), atol=0.02)
     assert torch.allclose(channel_scales, expected.channel_scales.float(), rtol=0.02)
+
+
+class Widths(TorchDispatchMode):
+    """Collects the last dimension of every tensor that is computed."""
+
+    def __init__(self, found: set[int]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dim():
+            self.found.add(result.shape[-1])
+        return result
+
+
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_what_lies_behind_the_last_transform_is_not_computed(recipe: str) -> None:
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.table = graphs.Stack(2), nn.Embedding(4104, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.body(x), self.table.weight)
+
+    config = replace(settings(recipe=recipe), modules_to_not_convert=("table",))
+    gm = prepared(Headed(), config=config)
+    widths: set[int] = set()
+    with Widths(widths):
+        Calibrate(config, batches()).run(gm)
+    assert 64 in widths
+    assert 4104 not in widths
 
 
 def test_what_is_fitted_on_weights_alone_is_reused() -> None:
@@ -310,14 +393,16 @@ class TestWorkDir:
                 Calibrate(config, batches()).run(gm)
             except KeyboardInterrupt:
                 assert fail_at is not None
-        return fits, (state(gm), reports_of(gm), gm.meta.get("parofx_relative_errors"))
+        noted = {key: value for key, value in gm.meta.items() if key.startswith("parofx_") and "error" in key}
+        return fits, (state(gm), (reports_of(gm), block_reports_of(gm)), noted)
 
-    @pytest.mark.parametrize("fail_at", [1, 3])
+    @pytest.mark.parametrize(("recipe", "fail_at"), [("fast", 1), ("fast", 3), ("best", 3)])
     def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, fail_at: int
     ) -> None:
-        config = self.config(tmp_path / "run")
-        _, (expected, reports, errors) = self.run(settings(), monkeypatch)
+        options = {"recipe": recipe} | ({"transform_epochs": 1, "weight_epochs": 1} if recipe == "best" else {})
+        config = self.config(tmp_path / "run", **options)
+        _, (expected, reports, errors) = self.run(settings(**options), monkeypatch)
         done, _ = self.run(config, monkeypatch, fail_at=fail_at)
         assert done == fail_at
         remaining, (found, resumed_reports, resumed_errors) = self.run(config, monkeypatch)

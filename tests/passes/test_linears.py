@@ -16,6 +16,7 @@ import parofx
 from parofx.api import convert, lower, prepare
 from parofx.passes import InsertTransforms, capture
 from parofx.passes.blocks import find_blocks
+from parofx.passes.graph import STAYS_FLOAT, binding
 from parofx.passes.linears import choose_group_sizes, find_units, group_siblings, matches
 from parofx.passes.transforms import find_transforms
 from parofx.report import FloatLinear, FloatReason

@@ -1,0 +1,232 @@
+"""One table of 4-bit recipes: the same model, text, windows and evaluation code for every row.
+
+    python -m benchmarks.accuracy MODEL --calibration a.txt --evaluation b.txt
+    python -m benchmarks.accuracy MODEL … --rows 'ablation*' --seeds 1
+    python -m benchmarks.accuracy MODEL … --write-tokens tokens.safetensors --rows float
+    python -m benchmarks.accuracy MODEL … --peer out/hqq --peer out/autoround
+
+MODEL is a folder, a hub id or a `.gguf` file. The weights of every row are evaluated as floats of the model's dtype, so
+that rows differ in nothing but the weights. Intervals are of 95 %, over windows. Bits per weight count codes, scales,
+zeros and rotations. Rows with a seed are run once per seed and averaged.
+
+Other packages quantize in environments of their own: `benchmarks/peers/` has one script per package that reads the
+calibration tokens written by `--write-tokens` and leaves a folder of plain weights, which `--peer` evaluates here.
+
+Results go to `benchmarks/results/accuracy-NAME.json`, with a plot beside it; `--resume` skips rows that are there.
+Without texts it measures SmolLM2-135M-Instruct on what every Python installation has, in a few windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+import parofx
+from benchmarks._texts import calibration_and_evaluation
+from benchmarks.perplexity import packaged_model
+from parofx import CalibrationConfig, ParoConfig
+from parofx.calibration.data import load_texts, pack_tokens
+from parofx.evaluation import EvalResult, evaluate
+from parofx.models import load_model
+
+RESULTS = Path(__file__).parent / "results"
+#: Half the width of a 95 % interval, in standard errors.
+_INTERVAL = 1.96
+
+NEAREST = CalibrationConfig(steps=0, clip_ratios=(1.0,), rounding="nearest")
+GPTQ = CalibrationConfig(steps=0, clip_ratios=(1.0,), rounding="feedback", damping=(0.01,), sweeps=0)
+FAST = CalibrationConfig()
+#: Row → configuration, and whether calibration data is given.
+ROWS: dict[str, tuple[ParoConfig, bool]] = {
+    "round to nearest": (ParoConfig(krot=0, calibration=NEAREST), False),
+    "GPTQ (our error feedback, no transform)": (ParoConfig(krot=0, calibration=GPTQ), True),
+    "parofx data-free": (ParoConfig(calibration=CalibrationConfig(recipe="data-free")), False),
+    "parofx fast": (ParoConfig(calibration=FAST), True),
+    "parofx best": (ParoConfig(calibration=CalibrationConfig(recipe="best")), True),
+    "ablation: to nearest": (ParoConfig(calibration=replace(FAST, rounding="nearest")), True),
+    "ablation: no transform": (ParoConfig(krot=0, calibration=replace(FAST, steps=0)), True),
+    "ablation: channel scales only": (ParoConfig(krot=0, calibration=FAST), True),
+    "ablation: 2 rotations": (ParoConfig(krot=2, calibration=FAST), True),
+    "ablation: no clip search": (ParoConfig(calibration=replace(FAST, clip_ratios=(1.0,))), True),
+    "ablation: no sweeps": (ParoConfig(calibration=replace(FAST, sweeps=0)), True),
+    "ablation: damping 0.1": (ParoConfig(calibration=replace(FAST, damping=(0.1,))), True),
+    "ablation: greedy pairs": (ParoConfig(calibration=replace(FAST, pairs="greedy")), True),
+    "ablation: own transform per linear": (ParoConfig(share_siblings=False, calibration=FAST), True),
+    "ablation: group size 64": (ParoConfig(group_size=64, calibration=FAST), True),
+}
+#: Rows that are the same whatever the seed.
+_SEEDLESS = ("round to nearest", "GPTQ (our error feedback, no transform)", "ablation: no transform")
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _options()
+    dtype = getattr(torch, options.dtype)
+    model, tokenizer = load_model(options.model, dtype=dtype)
+    calibration, windows = _data(options, tokenizer)
+    if options.write_tokens:
+        save_file({"input_ids": calibration}, options.write_tokens)
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"accuracy-{Path(options.model).stem}.json"
+    rows: dict[str, Any] = json.loads(target.read_text())["rows"] if options.resume and target.exists() else {}
+    if "float" not in rows:
+        result = evaluate(model, windows, batch_size=options.batch_size, progress=True)
+        _note(rows, "float", [result], 8.0 * dtype.itemsize, [0.0])
+    for name, (config, with_data) in ROWS.items():
+        if name in rows or not any(fnmatch(name, pattern) for pattern in options.rows):
+            continue
+        results, seconds, bits = [], [], 0.0
+        for seed in range(1 if name in _SEEDLESS else options.seeds):
+            seeded = replace(config, calibration=replace(config.calibration, seed=seed))
+            quantized, _ = load_model(options.model, dtype=dtype)
+            start = time.perf_counter()
+            report = parofx.quantize(quantized, seeded, calibration=calibration if with_data else None)
+            seconds.append(time.perf_counter() - start)
+            bits = report.bits_per_weight
+            results.append(_evaluate(parofx.dequantize(quantized, dtype=dtype), model, windows, options))
+            del quantized
+            gc.collect()
+        _note(rows, name, results, bits, seconds)
+        _save(rows, options, target)
+    for folder in options.peer:
+        peer = json.loads((Path(folder) / "peer.json").read_text())
+        quantized, _ = load_model(folder, dtype=dtype)
+        result = _evaluate(quantized, model, windows, options)
+        _note(rows, f"{peer['name']} {peer['version']}", [result], peer["bits_per_weight"], [peer["seconds"]])
+    _save(rows, options, target)
+    _print(rows, options)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder, hub id or .gguf file")
+    parser.add_argument("--calibration", action="append", default=[], help="text file; may be repeated")
+    parser.add_argument("--evaluation", help="text file")
+    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
+    parser.add_argument("--seqlen", type=int, default=512, help="of calibration and evaluation")
+    parser.add_argument("--windows", type=int, help="evaluation windows; 100, or 8 without texts")
+    parser.add_argument("--batch-size", type=int, help="of evaluation")
+    parser.add_argument("--seeds", type=int, help="runs per row; 3, or 1 without texts")
+    parser.add_argument("--rows", action="append", help="name or pattern; may be repeated; all but the ablations")
+    parser.add_argument("--peer", action="append", default=[], help="folder that a script of benchmarks/peers wrote")
+    parser.add_argument("--write-tokens", help="also write the calibration tokens to this safetensors file")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True, help="also compare distributions")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run")
+    options = parser.parse_args()
+    if bool(options.calibration) != bool(options.evaluation):
+        parser.error("give --calibration and --evaluation together: the texts must not be the same")
+    small = not options.evaluation
+    options.model = options.model or packaged_model()
+    options.windows = options.windows or (8 if small else 100)
+    options.seeds = options.seeds or (1 if small else 3)
+    options.rows = options.rows or (["round*", "*data-free", "*fast"] if small else ["round*", "GPTQ*", "parofx*"])
+    return options
+
+
+def _data(options: argparse.Namespace, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if options.evaluation:
+        # Drawn from all files alike: one after the other, a long first one would crowd out the rest.
+        sources = [pack_tokens(load_texts(one), tokenizer, seqlen=options.seqlen) for one in options.calibration]
+        evaluation: Any = load_texts(options.evaluation)
+    else:
+        texts, evaluation = calibration_and_evaluation()
+        sources = [pack_tokens(texts, tokenizer, seqlen=options.seqlen)]
+    shares = [options.samples * (index + 1) // len(sources) for index in range(len(sources))]
+    counts = [end - begin for begin, end in zip([0, *shares], shares, strict=False)]
+    drawn = [
+        source[torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count]]
+        for source, count in zip(sources, counts, strict=True)
+    ]
+    calibration = torch.cat(drawn)
+    # Held-out sequences are the last ones, and have to be of every source.
+    calibration = calibration[torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))]
+    return calibration, pack_tokens(evaluation, tokenizer, seqlen=options.seqlen)[: options.windows]
+
+
+def _evaluate(model: Any, reference: Any, windows: torch.Tensor, options: argparse.Namespace) -> EvalResult:
+    reference = reference if options.kl else None
+    return evaluate(model, windows, reference=reference, batch_size=options.batch_size, progress=True)
+
+
+def _note(rows: dict[str, Any], name: str, results: list[EvalResult], bits: float, seconds: list[float]) -> None:
+    def mean(key: str) -> float | None:
+        values = [getattr(result, key) for result in results]
+        return None if None in values else sum(values) / len(values)
+
+    keys = ("perplexity", "perplexity_error", "kl_mean", "kl_error", "kl_p99", "top1_agreement")
+    rows[name] = {
+        **{key: mean(key) for key in keys},
+        "bits_per_weight": bits,
+        "quantize_seconds": sum(seconds) / len(seconds),
+        "seeds": [result.to_dict() for result in results],
+    }
+
+
+def _save(rows: dict[str, Any], options: argparse.Namespace, target: Path) -> None:
+    unfinished = target.with_suffix(".unfinished")
+    settings = {key: str(value) for key, value in vars(options).items()}
+    unfinished.write_text(json.dumps({"options": settings, "rows": rows}, indent=1))
+    unfinished.replace(target)
+
+
+def _print(rows: dict[str, Any], options: argparse.Namespace) -> None:
+    title = f"{Path(options.model).stem}, {options.windows} windows of {options.seqlen} tokens"
+    table = Table(title=title)
+    for heading in ("weights", "bits", "perplexity", "gap", "KL", "KL 99 %", "top-1", "seconds", "seeds"):
+        table.add_column(heading, justify="left" if heading == "weights" else "right")
+    base = rows["float"]["perplexity"]
+    for name, row in rows.items():
+        compared = row["kl_mean"] is not None
+        interval = _INTERVAL * (row["perplexity_error"] or 0.0)
+        table.add_row(
+            name,
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['perplexity']:.2f} ± {interval:.2f}",
+            "" if name == "float" else f"{row['perplexity'] - base:.2f}",
+            f"{row['kl_mean']:.4f} ± {_INTERVAL * (row['kl_error'] or 0.0):.4f}" if compared else "",
+            f"{row['kl_p99']:.3f}" if compared else "",
+            f"{row['top1_agreement']:.3f}" if compared else "",
+            f"{row['quantize_seconds']:.0f}",
+            str(len(row["seeds"])),
+        )
+    Console(width=160).print(table)
+    _plot(rows, title, RESULTS / f"accuracy-{Path(options.model).stem}.png")
+
+
+def _plot(rows: dict[str, Any], title: str, path: Path) -> None:
+    """Draw every quantized row's perplexity gap, with what the seeds gave."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    base = rows["float"]["perplexity"]
+    names = [name for name in rows if name != "float"]
+    figure = Figure(figsize=(9, 1 + 0.35 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for position, name in enumerate(reversed(names)):
+        axes.barh(position, rows[name]["perplexity"] - base, color="#27647b", alpha=0.6)
+        gaps = [seed["perplexity"] - base for seed in rows[name]["seeds"]]
+        axes.plot(gaps, [position] * len(gaps), "k.", markersize=4)
+    labels = [f"{name} ({rows[name]['bits_per_weight']:.2f} bit)" for name in reversed(names)]
+    axes.set_yticks(range(len(names)), labels)
+    axes.set_xlabel(f"perplexity above float ({base:.2f})")
+    axes.set_title(title)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What becomes of a block: each transform as it was fitted for itself, trained together, rounded, the best kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from parofx import affine, rotation
+from parofx.calibration.block_student import Student, TrainedTransform
+from parofx.calibration.block_training import BlockData, BlockTrainer
+from parofx.calibration.feedback import RoundedWeight
+from parofx.calibration.fitting import FittedTransform, Rotated, rotate_weight, round_rotated
+from parofx.calibration.progress import BlockProgress
+from parofx.calibration.rounding import relative_error
+from parofx.calibration.statistics import InputStatistics
+from parofx.calibration.stream import select_rows
+from parofx.config import CalibrationConfig
+from parofx.passes.transforms import Transform
+from parofx.report import StageReport
+
+#: A transform's name → its statistics, all of them and the held-out part.
+Statistics = Mapping[str, tuple[InputStatistics, InputStatistics | None]]
+_Fits = dict[str, FittedTransform]
+
+
+def train_block(
+    module: GraphModule,
+    transforms: Sequence[Transform],
+    fits: Mapping[str, FittedTransform],
+    statistics: Statistics,
+    data: BlockData,
+    config: CalibrationConfig,
+    stages: list[StageReport],
+    progress: BlockProgress,
+) -> _Fits:
+    """Train a block from what was fitted and return the best found; never worse than that on the held-out batches.
+
+    Args:
+        module: the block's graph.
+        transforms: its transforms.
+        fits: what was fitted for each for itself.
+        statistics: of the float model's inputs to each.
+        data: the block's inputs and targets.
+        config: how to train and to round.
+        stages: what was done is appended.
+        progress: is told the loss after each stage.
+    """
+    trained = {
+        one.name: TrainedTransform(
+            fits[one.name].pairs, fits[one.name].theta, fits[one.name].channel_scales,
+            {linear.name: linear.weight for linear in one.linears}, bits=one.bits, group_size=one.group_size,
+        )
+        for one in transforms
+    }  # fmt: skip
+    trainer = BlockTrainer(module, list(trained.values()), data, config)
+    start = trainer.loss(quantized_weights(transforms, fits))
+    if config.transform_epochs:
+        stages.append(trainer.train_transforms())
+        progress.trained(stages[-1])
+    else:
+        for one in trained.values():
+            one.freeze_rotation()
+    if config.weight_epochs:
+        stages.append(trainer.train_weights())
+        progress.trained(stages[-1])
+    candidates: dict[str, _Fits] = {"as fitted for itself": dict(fits)}
+    candidates["trained, to nearest"] = {
+        one.name: _round_to_nearest(one, trained[one.name], fits[one.name]) for one in transforms
+    }
+    if config.rounding == "feedback":
+        observed = _student_statistics(module, trainer, transforms, data)
+        candidates["trained, with error feedback"] = {
+            one.name: _round_with_feedback(one, trained[one.name], fits[one.name], observed[one.name], config)
+            for one in transforms
+        }
+    losses = {name: trainer.loss(quantized_weights(transforms, found)) for name, found in candidates.items()}
+    kept = min(losses, key=losses.__getitem__)
+    stages.append(StageReport("rounding", start, losses[kept], kept))
+    progress.trained(stages[-1])
+    return {one.name: _with_errors(one, candidates[kept][one.name], statistics[one.name][0]) for one in transforms}
+
+
+def quantized_weights(transforms: Sequence[Transform], fits: Mapping[str, FittedTransform]) -> dict[str, Tensor]:
+    """Return the weights that fitted linears multiply by, in the unrotated space, fp32 `(N, K)`."""
+    result = {}
+    for transform in transforms:
+        fitted = fits[transform.name]
+        for index, linear in enumerate(transform.linears):
+            weight = fitted.weight(index)
+            if weight is None:
+                parts = (fitted.pairs, fitted.theta, fitted.channel_scales)
+                rotated = rotate_weight(linear.weight, *parts, transform.group_size)
+                rounded = affine.fake_quantize(rotated, *fitted.grids[index], transform.bits, transform.group_size)
+                reciprocal = fitted.channel_scales.float().reciprocal()
+                weight = rotation.inverse_rotate(rounded, *parts[:2], reciprocal, transform.group_size)
+            result[linear.name] = weight
+    return result
+
+
+def _round_to_nearest(transform: Transform, trained: TrainedTransform, start: FittedTransform) -> FittedTransform:
+    """Round trained weights to their trained grids."""
+    top = affine.quant_max(transform.bits)
+    grids, codes = [], []
+    for linear in trained.linears.values():
+        scales = linear.scales.clamp(affine.SMALLEST_SCALE, affine.LARGEST_SCALE).half().float()
+        grids.append((scales, linear.zeros.round().clamp(0, top)))
+        codes.append(affine.quantize(linear.weight, *grids[-1], transform.bits, transform.group_size))
+    return dataclasses.replace(
+        start,
+        theta=trained.theta.half(),
+        channel_scales=trained.channel_scales,
+        grids=tuple(grids),
+        codes=tuple(codes),
+        damping=None,
+    )
+
+
+def _round_with_feedback(
+    transform: Transform,
+    trained: TrainedTransform,
+    start: FittedTransform,
+    statistics: tuple[InputStatistics, InputStatistics],
+    config: CalibrationConfig,
+) -> FittedTransform:
+    """Round trained weights for the inputs that the quantized block has."""
+    rotated = Rotated(trained.pairs, trained.theta.half(), trained.channel_scales, transform.group_size)
+    weights = [linear.weight for linear in trained.linears.values()]
+    losses = (start.loss_before, start.loss_after)
+    return round_rotated(weights, rotated, *statistics, bits=transform.bits, config=config, losses=losses)
+
+
+def _student_statistics(
+    module: GraphModule, trainer: BlockTrainer, transforms: Sequence[Transform], data: BlockData
+) -> dict[str, tuple[InputStatistics, InputStatistics]]:
+    """Return the statistics of the inputs that the trained block's linears have."""
+    found = {}
+    for one in transforms:
+        in_features = one.linears[0].weight.shape[1]
+        found[one.name] = tuple(InputStatistics(in_features, one.group_size, full=True) for _ in range(2))
+    weights = trainer.present_weights()
+    for index, given in enumerate(data.arguments):
+        mask = data.masks[index]
+        seen = slice(0, 2 if index >= data.held_out else 1)
+
+        def record(name: str, value: Tensor, mask: Tensor | None = mask, seen: slice = seen) -> None:
+            for statistics in found.get(name, ())[seen]:
+                statistics.update(select_rows(value, mask), where=f"the input of {name}")
+
+        with torch.no_grad():
+            Student(module, weights, record).run(*given)
+    return found  # type: ignore[return-value]
+
+
+def _with_errors(transform: Transform, fitted: FittedTransform, statistics: InputStatistics) -> FittedTransform:
+    """Return what was kept with the errors it makes on the float model's inputs, against the float weights."""
+    if fitted.codes is None or not statistics.count:
+        return fitted
+    rotated = Rotated(fitted.pairs, fitted.theta, fitted.channel_scales, transform.group_size)
+    gram = rotated.gram(statistics)[None] if statistics.full else rotated.block_gram(statistics)
+    errors = tuple(
+        relative_error(rotated.weight(linear.weight), RoundedWeight(codes, *grid).dequantized(), gram)
+        for linear, codes, grid in zip(transform.linears, fitted.codes, fitted.grids, strict=True)
+    )
+    return dataclasses.replace(fitted, errors=errors)

@@ -1,0 +1,148 @@
+"""A block whose linears are quantized while it is trained: the student of block-wise training.
+
+A rotation of activations and the inverse one of the rounded weight are the same to the block's output. So the student
+keeps activations as they are and computes, once per step, the weight that each linear multiplies by,
+
+    Ŵ = Q(W ⊙ α · M) Mᵀ ⊘ α,
+
+with M the rotation's dense form: `4·N·K·g` operations instead of rotating every activation. Gradients pass rounding and
+clamping straight through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from parofx import rotation
+from parofx.affine import LARGEST_SCALE, SMALLEST_SCALE, quant_max
+from parofx.passes.graph import FAKE_QUANTIZE, ROTATE
+
+_ASSERT_METADATA = torch.ops.aten._assert_tensor_metadata.default
+
+
+@dataclass
+class TrainedLinear:
+    """A linear's trainable tensors: the rotated weight `(N, K)`, scales and float zeros `(N, K/g)`, all fp32."""
+
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+class TrainedTransform:
+    """One transform while its block is trained.
+
+    Args:
+        pairs: int16 `(krot, K)`.
+        theta: `(krot, K/2)`.
+        channel_scales: 1/α, `(1, K)`.
+        weights: the linears' float weights by name, `(N_i, K)`.
+        bits: width of a weight.
+        group_size: channels per group.
+    """
+
+    def __init__(
+        self,
+        pairs: Tensor,
+        theta: Tensor,
+        channel_scales: Tensor,
+        weights: Mapping[str, Tensor],
+        *,
+        bits: int,
+        group_size: int,
+    ) -> None:
+        self.pairs = pairs
+        self.theta = theta.float().clone()
+        # α's logarithm is trained, so that it stays positive.
+        self.log_alpha = channel_scales.float().flatten().log().neg()
+        self.weights = weights
+        self.bits = bits
+        self.group_size = group_size
+        self.linears: dict[str, TrainedLinear] = {}
+
+    def freeze_rotation(self) -> None:
+        """Round θ and 1/α to fp16, as they are stored, and move the weights, with plain grids, to that rotation."""
+        with torch.no_grad():
+            self.theta = self.theta.detach().half().float()
+            self.log_alpha = self.log_alpha.detach().neg().exp().half().float().log().neg()
+            self.linears = {}
+            for name, weight in self.weights.items():
+                rotated = self._rotate(weight)
+                self.linears[name] = TrainedLinear(
+                    rotated, *differentiable_qparams(rotated, self.bits, self.group_size)
+                )
+
+    @property
+    def channel_scales(self) -> Tensor:
+        """1/α, fp16 `(1, K)`."""
+        return self.log_alpha.detach().neg().exp().half()[None]
+
+    def effective_weights(self) -> dict[str, Tensor]:
+        """Return what each linear multiplies by, fp32 `(N, K)`, differentiable in whatever is trained."""
+        matrix = rotation.dense_form(self.pairs, self.theta, self.group_size)
+        alpha = self.log_alpha.exp()
+        result = {}
+        for name, weight in self.weights.items():
+            linear = self.linears.get(name)
+            if linear is None:
+                rotated = self._blocks(weight.float() * alpha, matrix)
+                grid = differentiable_qparams(rotated, self.bits, self.group_size)
+            else:
+                rotated, grid = linear.weight, (linear.scales, linear.zeros)
+            rounded = FAKE_QUANTIZE(rotated, *grid, self.bits, self.group_size)
+            result[name] = self._blocks(rounded, matrix.transpose(1, 2)) / alpha
+        return result
+
+    def _rotate(self, weight: Tensor) -> Tensor:
+        matrix = rotation.dense_form(self.pairs, self.theta, self.group_size)
+        return self._blocks(weight.float() * self.log_alpha.exp(), matrix)
+
+    def _blocks(self, weight: Tensor, matrix: Tensor) -> Tensor:
+        """Multiply each group's columns of `weight (N, K)` by its matrix, `(K/g, g, g)`."""
+        groups = weight.view(len(weight), -1, self.group_size).transpose(0, 1)
+        return torch.bmm(groups, matrix).transpose(0, 1).reshape(weight.shape)
+
+
+def differentiable_qparams(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return scales and float zeros `(N, K/g)` of each group's range, differentiable in `weight (N, K)`."""
+    groups = weight.view(len(weight), -1, group_size)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((high - low) / quant_max(bits)).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    return scales, -low / scales
+
+
+class Student(Interpreter):
+    """Runs a segment with given weights in the place of the quantized linears' own.
+
+    Args:
+        module: the segment.
+        weights: by linear's name, `(N, K)`; a linear that is not named keeps its float weight.
+        record: called with a transform's name and its input.
+    """
+
+    def __init__(
+        self, module: GraphModule, weights: Mapping[str, Tensor], record: Callable[[str, Tensor], None] | None = None
+    ) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self._weights = weights
+        self._record = record
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node; rotations hand their input on."""
+        if n.target is _ASSERT_METADATA:
+            return None  # the export noted the dtypes of a forward without autocast
+        if n.target is not ROTATE and n.target is not FAKE_QUANTIZE:
+            return super().run_node(n)
+        value = self.env[n.args[0]]  # type: ignore[index]
+        name = n.meta.get("parofx_transform")
+        if name is not None and self._record is not None:
+            self._record(name, value)
+        trained = self._weights.get(n.meta.get("parofx_linear", ""))
+        return value if trained is None else trained.to(value.dtype)

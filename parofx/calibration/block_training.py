@@ -1,0 +1,175 @@
+"""Train a block so that its output, on what the quantized blocks before it compute, is the float block's output.
+
+Stage 1 trains angles and channel scales, the grid following each step as the range of the rotated weight; stage 2
+trains the rotated weights, their scales and float zeros. Both run AdamW with a cosine schedule and keep the state with
+the smallest loss on held-out batches, which may be the one they started from. Source: ParoQuant (arXiv 2511.10645) §4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from parofx.calibration.block_student import Student, TrainedTransform
+from parofx.config import CalibrationConfig
+from parofx.pairing import trainable_angles
+from parofx.report import StageReport
+
+#: Steps of the optimizer: (tensors, learning rate) groups.
+_Groups = list[tuple[list[Tensor], float]]
+
+
+@dataclass
+class BlockData:
+    """The batches of one block.
+
+    Args:
+        arguments: per batch, what the quantized prefix hands to the block.
+        targets: per batch, the floating tensors the float block returns.
+        masks: per batch, the rows that count, bool `(rows,)`; None if all do.
+        held_out: the first of the batches that are kept for choosing; the number of batches if none are.
+    """
+
+    arguments: Sequence[list[Any]]
+    targets: Sequence[list[Tensor]]
+    masks: Sequence[Tensor | None]
+    held_out: int
+
+    def training(self) -> range:
+        """Return the batches that are trained on."""
+        return range(self.held_out)
+
+    def validation(self) -> range:
+        """Return the batches that states are compared on; without held-out ones, all."""
+        return range(self.held_out, len(self.targets)) or range(len(self.targets))
+
+
+class BlockTrainer:
+    """Trains the transforms of one block.
+
+    Args:
+        module: the block's graph.
+        transforms: what is trained in it.
+        data: its inputs and targets.
+        config: epochs, learning rates, loss and seed.
+    """
+
+    def __init__(
+        self, module: GraphModule, transforms: Sequence[TrainedTransform], data: BlockData, config: CalibrationConfig
+    ) -> None:
+        self._module = module
+        self._transforms = transforms
+        self._data = data
+        self._config = config
+
+    def train_transforms(self) -> StageReport:
+        """Stage 1: train angles and channel scales."""
+        rate = self._config.transform_learning_rate
+        for transform in self._transforms:
+            transform.theta.requires_grad_(transform.theta.numel() > 0)
+            transform.log_alpha.requires_grad_(True)
+        tensors = [one for transform in self._transforms for one in (transform.theta, transform.log_alpha)]
+        dummies = [(one.theta, trainable_angles(one.pairs, one.group_size)) for one in self._transforms]
+        report = self._train("transforms", [(tensors, rate)], self._config.transform_epochs, dummies)
+        for transform in self._transforms:
+            transform.freeze_rotation()
+        return report
+
+    def train_weights(self) -> StageReport:
+        """Stage 2: train rotated weights, scales and zeros; `train_transforms` or `freeze_rotation` comes before."""
+        linears = [linear for transform in self._transforms for linear in transform.linears.values()]
+        weights = [linear.weight for linear in linears]
+        grids = [tensor for linear in linears for tensor in (linear.scales, linear.zeros)]
+        for tensor in (*weights, *grids):
+            tensor.requires_grad_(True)
+        groups = [(weights, self._config.weight_learning_rate), (grids, self._config.grid_learning_rate)]
+        report = self._train("weights", groups, self._config.weight_epochs, ())
+        for tensor in (*weights, *grids):
+            tensor.requires_grad_(False)
+        return report
+
+    def loss(self, weights: Mapping[str, Tensor], batches: Iterable[int] | None = None) -> float:
+        """Return the mean loss with given weights, on the held-out batches by default."""
+        chosen = list(self._data.validation() if batches is None else batches)
+        with torch.no_grad():
+            return sum(self._loss(weights, index).item() for index in chosen) / len(chosen)
+
+    def present_weights(self) -> dict[str, Tensor]:
+        """Return what the linears multiply by as things are."""
+        with torch.no_grad():
+            return self._effective_weights()
+
+    def _train(self, stage: str, groups: _Groups, epochs: int, dummies: Iterable[tuple[Tensor, Tensor]]) -> StageReport:
+        tensors = [tensor for group, _ in groups for tensor in group if tensor.numel()]
+        before = best = self.loss(self.present_weights())
+        kept = [tensor.detach().clone() for tensor in tensors]
+        best_epoch = 0
+        optimizer = torch.optim.AdamW(
+            [{"params": [one for one in group if one.numel()], "lr": rate} for group, rate in groups],
+            betas=(0.9, 0.95), eps=1e-10, weight_decay=0.01,
+        )  # fmt: skip
+        order = torch.Generator().manual_seed(self._config.seed)
+        batches = self._data.training()
+        steps = max(1, epochs * len(batches))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
+        for epoch in range(1, epochs + 1):
+            for position in torch.randperm(len(batches), generator=order).tolist():
+                with torch.enable_grad():
+                    loss = self._loss(self._effective_weights(), batches[position])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                for theta, trainable in dummies:
+                    if theta.grad is not None:
+                        theta.grad.mul_(trainable)
+                optimizer.step()
+                schedule.step()
+            now = self.loss(self.present_weights())
+            if now < best:
+                best, best_epoch = now, epoch
+                kept = [tensor.detach().clone() for tensor in tensors]
+        with torch.no_grad():
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
+        return StageReport(stage, before, best, f"epoch {best_epoch} of {epochs}")
+
+    def _effective_weights(self) -> dict[str, Tensor]:
+        return {name: one for transform in self._transforms for name, one in transform.effective_weights().items()}
+
+    def _loss(self, weights: Mapping[str, Tensor], index: int) -> Tensor:
+        device = next(iter(weights.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._config.autocast):
+            outputs = floating_outputs(Student(self._module, weights).run(*self._data.arguments[index]))
+        mask, kind = self._data.masks[index], self._config.block_loss
+        losses = [
+            _distance(_counting_rows(output, mask), _counting_rows(target, mask), kind)
+            for output, target in zip(outputs, self._data.targets[index], strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+def floating_outputs(output: Any) -> list[Tensor]:
+    """Return the floating tensors among what a segment returns."""
+    leaves = pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
+    output, target = output.float(), target.float()
+    if kind == "smooth_l1":
+        return torch.nn.functional.smooth_l1_loss(output, target)
+    return (output - target).square().sum() / target.square().sum().clamp(min=1e-30)
+
+
+def _counting_rows(value: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None or value.dim() < 2 or value.numel() // value.shape[-1] != mask.numel():
+        return value
+    return value.reshape(-1, value.shape[-1])[mask.to(value.device)]

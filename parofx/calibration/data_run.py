@@ -1,0 +1,200 @@
+"""One calibration run over data, block by block: what the `calibrate` pass does when it has batches.
+
+The float model's activations flow through the segments of a `BlockStream`. Each transform is fitted on the statistics
+of its input after the last segment that computes one. If blocks are trained, a second set of borders follows, of the
+quantized model: what a block reads there is its input, what the float block returned its target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from parofx.calibration.block_fitting import quantized_weights, train_block
+from parofx.calibration.block_student import Student
+from parofx.calibration.block_training import BlockData, floating_outputs
+from parofx.calibration.fitting import FittedTransform
+from parofx.calibration.precision import product_precision
+from parofx.calibration.progress import BlockProgress
+from parofx.calibration.statistics import InputStatistics
+from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
+from parofx.calibration.stream import BlockStream, Border
+from parofx.config import ParoConfig
+from parofx.errors import DataError
+from parofx.passes.transforms import Transform
+from parofx.report import BlockReport, StageReport
+
+logger = logging.getLogger("parofx")
+
+#: Fits one transform on all statistics and on the held-out part of them.
+Fit = Callable[[Transform, InputStatistics | None, InputStatistics | None], FittedTransform]
+
+
+class DataRun:
+    """A pass over calibration data.
+
+    Args:
+        gm: a PREPARED graph; it ends up CALIBRATED.
+        transforms: those of the graph.
+        batches: the model's inputs as mappings.
+        config: what to do.
+        fit: fits one transform.
+        progress: is told what is done.
+
+    Raises:
+        DataError: if there is no batch, or one holds no rows.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        transforms: Sequence[Transform],
+        batches: Sequence[Mapping[str, Any]],
+        config: ParoConfig,
+        fit: Fit,
+        progress: BlockProgress,
+    ) -> None:
+        self._gm = gm
+        self._transforms = {transform.name: transform for transform in transforms}
+        self._config = config
+        self._fit_transform = fit
+        self._progress = progress
+        self._batches = list(batches)
+        if not self._batches:
+            raise DataError("calibration must hold at least one batch, got none; pass calibration=None for data-free")
+        for index, batch in enumerate(self._batches):
+            _check_batch(index, batch)
+        self._full = config.calibration.rounding == "feedback"
+        self._statistics: dict[str, InputStatistics] = {}
+        self._held_out: dict[str, InputStatistics] = {}
+        self._first_held_out = _first_held_out(self._batches, config.calibration.validation_samples)
+        self._batch = 0
+
+    def run(self) -> None:
+        """Fit every transform after the last segment that computes one of its inputs."""
+        stream = BlockStream(self._gm, self._batches)
+        students: list[Border] = []
+        if self._config.calibration.trains_blocks:
+            students = [dict(border) for border in stream.borders]
+        store = self._open_store()
+        finished = store.finished() if store else 0
+        if store and finished:
+            logger.info("resuming calibration after %d of %d segments", finished, len(stream.segments))
+            borders = store.load_borders()
+            stream.borders, students = borders[: len(self._batches)], borders[len(self._batches) :]
+        due = {name: stream.last_segment_of(name) for name in self._transforms}
+        # Nothing behind the last transform is needed, above all no logits.
+        end = 1 + max(map(stream.segments.index, due.values()), default=-1)
+        for index, segment in enumerate(stream.segments[:end]):
+            names = [name for name, last in due.items() if last == segment]
+            if store and index < finished:
+                tensors, stages = store.load_segment(index)
+                fits = unpack_fits(tensors)
+                self._note(names, [StageReport(**stage) for stage in stages])
+            else:
+                fits, stages = self._run_segment(stream, students, segment, names)
+                if store:
+                    packed = {key: one for name in names for key, one in pack_fit(name, fits[name]).items()}
+                    store.save_segment(index, packed, [asdict(stage) for stage in stages])
+            for name in names:
+                self._progress.fitted(self._transforms[name].apply(self._gm, fits[name]))
+            # Statistics pooled over several segments are not on disk: a run resumes only where none are open.
+            if store and index >= finished and not self._statistics:
+                store.save_borders(index, [*stream.borders, *students])
+
+    def _run_segment(
+        self, stream: BlockStream, students: Sequence[Border], segment: str, names: Sequence[str]
+    ) -> tuple[dict[str, FittedTransform], list[StageReport]]:
+        """Run a segment and fit the transforms that are due behind it."""
+        self._progress.enter(self._transforms[names[0]].block if names else "")
+        open_before = set(self._statistics)
+        targets = []
+        self._batch = 0
+        with product_precision("fast") if self._config.calibration.autocast else contextlib.nullcontext():
+            for output in stream.run(segment, self._record):
+                self._batch += 1
+                self._progress.forwarded(self._batch, len(self._batches))
+                targets.append(floating_outputs(output) if students else [])
+        statistics = {name: (self._statistics.pop(name), self._held_out.pop(name, None)) for name in names}
+        fits = {name: self._fit(name, *statistics[name]) for name in names}
+        stages: list[StageReport] = []
+        if students:
+            arguments = [stream.arguments(segment, border) for border in students]
+            # A transform with inputs in other segments too cannot be trained in one of them.
+            own = {name: fits[name] for name in names if name not in open_before}
+            transforms = [self._transforms[name] for name in own]
+            module = stream.module(segment)
+            if own:
+                data = BlockData(arguments, targets, stream.masks, self._first_held_out)
+                fits |= train_block(
+                    module, transforms, own, statistics, data, self._config.calibration, stages, self._progress
+                )
+                self._note(names, stages)
+            weights = quantized_weights([self._transforms[name] for name in names], fits)
+            for border, given in zip(students, arguments, strict=True):
+                with torch.no_grad():
+                    stream.advance(segment, border, Student(module, weights).run(*given))
+        return fits, stages
+
+    def _note(self, names: Sequence[str], stages: Sequence[StageReport]) -> None:
+        if stages:
+            block = self._transforms[names[0]].block
+            report = BlockReport(block, tuple(stages))
+            self._gm.meta.setdefault("parofx_block_reports", {})[block] = report
+
+    def _record(self, name: str, rows: Tensor) -> None:
+        self._observe(self._statistics, name, rows)
+        if self._full and self._batch >= self._first_held_out:
+            self._observe(self._held_out, name, rows)
+
+    def _observe(self, statistics: dict[str, InputStatistics], name: str, rows: Tensor) -> None:
+        if name not in statistics:
+            group_size = self._transforms[name].group_size
+            statistics[name] = InputStatistics(rows.shape[-1], group_size, full=self._full)
+        statistics[name].update(rows, where=f"the input of {name}")
+
+    def _fit(self, name: str, statistics: InputStatistics, held_out: InputStatistics | None) -> FittedTransform:
+        if statistics.count:
+            return self._fit_transform(self._transforms[name], statistics, held_out)
+        logger.warning("no calibration row reaches %s; it is fitted on its weights alone", name)
+        return self._fit_transform(self._transforms[name], None, None)
+
+    def _open_store(self) -> CalibrationStore | None:
+        calibration = self._config.calibration
+        if calibration.work_dir is None:
+            return None
+        options = self._config.to_dict()
+        options["calibration"] = {k: v for k, v in options["calibration"].items() if k not in ("work_dir", "resume")}
+        options["graph"] = self._gm.code
+        tensors = itertools.chain(self._gm.named_parameters(), self._gm.named_buffers())
+        digest = fingerprint(options, tensors, self._batches)
+        return CalibrationStore(calibration.work_dir, digest, resume=calibration.resume)
+
+
+def _first_held_out(batches: Sequence[Mapping[str, Any]], samples: int) -> int:
+    """Return the first of the trailing batches that hold about so many samples; half the batches stay in front."""
+    first = len(batches)
+    while samples > 0 and first > max(1, len(batches) - len(batches) // 2):
+        first -= 1
+        tensors = (value for value in batches[first].values() if isinstance(value, Tensor) and value.dim())
+        samples -= max(map(len, tensors), default=1)
+    return first
+
+
+def _check_batch(index: int, batch: Mapping[str, Any]) -> None:
+    empty = [name for name, value in batch.items() if isinstance(value, Tensor) and value.numel() == 0]
+    mask = batch.get("attention_mask")
+    if not empty and isinstance(mask, Tensor) and not mask.any():
+        empty = ["attention_mask"]
+    if empty:
+        raise DataError(
+            f"a calibration batch must hold rows: batch {index} has none in {', '.join(empty)}; leave it out"
+        )

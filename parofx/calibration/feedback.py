@@ -1,0 +1,218 @@
+"""Rounding with error feedback: each column takes over what the columns before it got wrong.
+
+With errors `e = w − ŵ` of one row and the inputs' second moments H the expected squared output error is `e H eᵀ`.
+Write `H = L D Lᵀ` with L unit lower triangular; then
+
+    e H eᵀ = Σ_k D_k (e_k + Σ_{j>k} e_j L_jk)²,
+
+so that columns rounded from the last to the first, each to the grid point nearest `w_k + Σ_{j>k} e_j L_jk`, leave only
+their own rounding error (GPTQ, arXiv 2210.17323, in the form of LDLQ, arXiv 2307.13304). The columns of largest power
+come first: they have no errors to take over, and all later ones to correct theirs.
+
+What the greedy order misses, *sweeps* of coordinate descent find: every weight moves to its best grid point while all
+others rest. Between sweeps the *scales* of each row are refitted to its codes, a least-squares problem of K/g unknowns.
+Both only ever lower `e H eᵀ`. Rows are independent of each other.
+
+Tensors are kept channels first, `(K, N)`, because one column of the weight is worked on at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parofx import affine
+from parofx.affine import quant_max
+from parofx.errors import ConfigError, ShapeError
+
+#: Columns between two updates of all columns that are left; inside, each column is corrected as it comes.
+_BLOCK = 128
+#: Elements of the weight worked on at a time.
+_CHUNK_ELEMENTS = 1 << 25
+#: A refitted scale is kept within these factors of the one that the range gave.
+_SCALE_BOUNDS = (0.5, 1.5)
+#: Weight of the present scales in the refit, relative to the mean curvature: keeps groups of zero codes solvable.
+_SCALE_RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight as it is stored: codes uint8 `(N, K)`, fp32 scales (fp16 values) and zeros (integers) `(N, K/g)`."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def dequantized(self) -> Tensor:
+        """Return `(codes − zeros)·scales (N, K)`, fp32."""
+        return affine.dequantize(self.codes, self.scales, self.zeros, self.codes.shape[1] // self.scales.shape[1])
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """Return `gram + damping · mean(diag) · I`; the identity for inputs that are silent.
+
+    Args:
+        gram: `E[x xᵀ]`, `(K, K)`.
+        damping: relative to the mean power, above 0. It stands for what more text would have shown.
+
+    Raises:
+        ConfigError: if the damping is not positive: moments of few rows, or of a dead channel, are singular.
+    """
+    if not damping > 0:
+        raise ConfigError(f"damping must be positive, got {damping!r}")
+    mean = gram.diagonal().double().mean().item()
+    # Divided by the mean power, so that nothing that follows can overflow.
+    result = gram / mean if mean > 0 else torch.zeros_like(gram)
+    result.diagonal().add_(damping if mean > 0 else 1.0)
+    return result
+
+
+def round_with_feedback(
+    weight: Tensor,
+    gram: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    sweeps: int,
+) -> RoundedWeight:
+    """Round a weight so that its outputs, rather than its entries, stay close; never worse than to nearest.
+
+    Args:
+        weight: `(N, K)`, in the space in which it is rounded.
+        gram: second moments of the inputs in that space, `(K, K)`, positive definite (`damped`).
+        scales: fp16 values `(N, K/g)`.
+        zeros: integers `(N, K/g)`.
+        bits: width of a code.
+        group_size: channels per group, g.
+        sweeps: rounds of coordinate descent, each followed by a refit of the scales.
+
+    Raises:
+        ShapeError: if the tensors do not fit together.
+    """
+    columns = weight.shape[1]
+    if tuple(gram.shape) != (columns, columns):
+        raise ShapeError(
+            f"gram must be {(columns, columns)} for a weight {tuple(weight.shape)}, got {tuple(gram.shape)}"
+        )
+    codes = affine.quantize(weight, scales, zeros, bits, group_size)
+    scales, zeros = scales.clone(), zeros.clone()
+    order = gram.diagonal().argsort()
+    factor = _unit_factor(gram, order)
+    rows = max(1, _CHUNK_ELEMENTS // columns)
+    for first in range(0, len(weight), rows):
+        chunk = slice(first, first + rows)
+        start = RoundedWeight(codes[chunk], scales[chunk], zeros[chunk])
+        problem = _Problem(weight[chunk], gram, start, bits, group_size)
+        nearest = problem.steps
+        problem.feed_back(factor, order)
+        problem.keep_better(nearest)
+        for _ in range(sweeps):
+            problem.sweep()
+            problem.refit_scales()
+        codes[chunk], scales[chunk] = problem.codes(), problem.scales.t()
+    return RoundedWeight(codes, scales, zeros)
+
+
+def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
+    """Return `e H eᵀ` of each row, fp64 `(N,)`, for two matrices `(N, K)`."""
+    error = (weight.float() - rounded.float()).to(gram.dtype)
+    return ((error @ gram) * error).double().sum(1)
+
+
+def _unit_factor(gram: Tensor, order: Tensor) -> Tensor:
+    """Return L of `H[order][:, order] = L D Lᵀ`, fp32."""
+    factor: Tensor = torch.linalg.cholesky(gram[order][:, order].double())
+    return (factor / factor.diagonal()).to(gram.dtype)
+
+
+class _Problem:
+    """The rows of one weight while they are rounded, channels first; `steps` are codes minus zeros, `(K, N)`."""
+
+    def __init__(self, weight: Tensor, gram: Tensor, start: RoundedWeight, bits: int, group_size: int) -> None:
+        self.target = weight.to(gram.dtype).t().contiguous()
+        self.gram = gram
+        self.scales, self.zeros = start.scales.t().contiguous(), start.zeros.t().contiguous()
+        self.group_size = group_size
+        self.low, self.high = -self.zeros, quant_max(bits) - self.zeros
+        self._projected = gram @ self.target
+        self.steps = start.codes.t().to(gram.dtype) - self.zeros.repeat_interleave(group_size, 0)
+
+    def codes(self) -> Tensor:
+        """Return the codes `(N, K)`, uint8."""
+        return (self.steps + self.zeros.repeat_interleave(self.group_size, 0)).t().to(torch.uint8)
+
+    def feed_back(self, factor: Tensor, order: Tensor) -> None:
+        """Round all columns, the last of `order` first."""
+        self.steps = torch.empty_like(self.target)
+        exact = self.target[order]
+        pending = exact.clone()
+        errors = torch.empty_like(pending[:_BLOCK])
+        channels = order.tolist()
+        for end in range(len(channels), 0, -_BLOCK):
+            begin = max(end - _BLOCK, 0)
+            for column in range(end - 1, begin - 1, -1):
+                channel = channels[column]
+                group = channel // self.group_size
+                scale, steps = self.scales[group], self.steps[channel]
+                torch.div(pending[column], scale, out=steps)
+                steps.round_().clamp_(self.low[group], self.high[group])
+                error = torch.addcmul(exact[column], steps, scale, value=-1, out=errors[column - begin])
+                pending[begin:column].addr_(factor[column, begin:column], error)
+            pending[:begin].addmm_(factor[begin:end, :begin].t(), errors[: end - begin])
+
+    def sweep(self) -> None:
+        """Move every weight to its best grid point, one after the other."""
+        gradient = self.gram @ self._error()
+        curvature = self.gram.diagonal().tolist()
+        moves = torch.empty_like(gradient[:_BLOCK])
+        for begin in range(0, len(gradient), _BLOCK):
+            end = min(begin + _BLOCK, len(gradient))
+            for channel in range(begin, end):
+                group = channel // self.group_size
+                scale, steps = self.scales[group], self.steps[channel]
+                best = torch.addcdiv(steps, gradient[channel], scale, value=1 / curvature[channel])
+                best.round_().clamp_(self.low[group], self.high[group])
+                move = torch.mul(best - steps, scale, out=moves[channel - begin])
+                steps.copy_(best)
+                gradient[begin:end].addr_(self.gram[begin:end, channel], move, alpha=-1)
+            gradient[end:].addmm_(self.gram[end:, begin:end], moves[: end - begin], alpha=-1)
+
+    def refit_scales(self) -> None:
+        """Take the least-squares scales of each row's codes, rounded to fp16, where that lowers its error.
+
+        A row's error is a quadratic in its scales, `sᵀ A s − 2 bᵀ s + …`.
+        """
+        groups, count = self.scales.shape
+        shape = (groups, self.group_size, count)
+        grouped = self.steps.view(shape)
+        curvature = self.steps.new_empty(count, groups, groups)
+        for group in range(groups):
+            channels = slice(group * self.group_size, (group + 1) * self.group_size)
+            spread = (self.gram[:, channels] @ self.steps[channels]).view(shape)
+            curvature[:, :, group] = (spread * grouped).sum(1).t()
+        present = self.scales.t()
+        slope = (self._projected.view(shape) * grouped).sum(1).t() - torch.einsum("nab,nb->na", curvature, present)
+        ridge = _SCALE_RIDGE * curvature.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+        move = torch.linalg.solve(curvature + torch.diag_embed(ridge[:, None].expand(-1, groups)), slope)
+        low, high = _SCALE_BOUNDS
+        fitted = (present + move).clamp(affine.SMALLEST_SCALE, affine.LARGEST_SCALE).half().to(present.dtype)
+        fitted = torch.where((fitted > low * present) & (fitted < high * present), fitted, present)
+        move = fitted - present
+        change = ((torch.einsum("nab,nb->na", curvature, move) - 2 * slope) * move).sum(1, keepdim=True)
+        self.scales = torch.where(change < 0, fitted, present).t().contiguous()
+
+    def keep_better(self, steps: Tensor) -> None:
+        """Return to other steps in the rows where those have no larger error."""
+        here, self.steps, steps = self._row_errors(), steps, self.steps
+        self.steps = torch.where(here < self._row_errors(), steps, self.steps)
+
+    def _error(self) -> Tensor:
+        return self.target - self.steps * self.scales.repeat_interleave(self.group_size, 0)
+
+    def _row_errors(self) -> Tensor:
+        error = self._error()
+        return ((self.gram @ error) * error).sum(0)

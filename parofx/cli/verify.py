@@ -1,0 +1,62 @@
+"""`parofx verify`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from parofx.cli.common import JsonFile, console, errors_console
+
+_FAILURE_STATUS = 1
+
+
+def verify(
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a CUDA device if there is one.")
+    ] = "auto",
+    examples: Annotated[int, typer.Option(min=1, help="Cases drawn for each kernel.")] = 50,
+    kernels: Annotated[str, typer.Option("-k", help="Only kernels whose name contains this.")] = "",
+    json_file: JsonFile = None,
+) -> None:
+    """Check every kernel of this machine against the fp64 reference, on drawn shapes, layouts, dtypes and values.
+
+    \b
+    parofx verify --device cuda
+    TRITON_INTERPRET=1 parofx verify --device cpu -k triton     # the Triton kernels without a GPU
+
+    Prints the worst relative error of each kernel, and the smallest case that fails. Exits with 1 if one does.
+    """  # noqa: D301
+    import torch
+
+    from parofx.testing.interpreter import is_interpreting, mend_interpreter
+    from parofx.testing.kernels import kernel_checks
+
+    if is_interpreting():
+        mend_interpreter()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = Table("kernel", "worst relative error", "result")
+    failures: dict[str, str] = {}
+    errors: dict[str, float] = {}
+    for check in kernel_checks(torch.device(device)):
+        if kernels not in check.name:
+            continue
+        with errors_console.status(check.name):
+            try:
+                errors[check.name] = check.run(examples)
+            except Exception as error:
+                # A kernel that cannot be compiled or launched fails as one that computes something else.
+                failures[check.name] = f"{type(error).__name__}: {error}"
+        passed = check.name in errors
+        table.add_row(check.name, f"{errors[check.name]:.2e}" if passed else "", "passed" if passed else "FAILED")
+    console.print(table)
+    for name, reason in failures.items():
+        console.print(f"\n{name}\n{reason}", highlight=False, markup=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps({"errors": errors, "failures": failures}, indent=2))
+    if failures or not errors:
+        errors_console.print(f"{len(failures)} of {len(failures) + len(errors)} kernels failed")
+        raise typer.Exit(_FAILURE_STATUS)

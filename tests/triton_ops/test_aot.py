@@ -1,0 +1,121 @@
+"""Budgets on what the compiler makes of every row of the launch tables, for GPUs that need not be there.
+
+A representative variant of each row by default; all of them with `--full-aot` (`make test-aot`). Triton caches
+results by source and options, so that a second run is quick.
+"""
+
+import itertools
+
+import pytest
+
+pytest.importorskip("triton")
+
+from parofx.testing.aot import SHARED_LIMITS, TARGET_NAMES, CompiledKernel
+from parofx.triton_ops.compiled import Variant, compile_matrices, compile_tiles
+from parofx.triton_ops.cost_model import KERNEL_TILES, Row, launch_table
+from parofx.triton_ops.tiles import FusedTiles, LinearTiles, RotateTiles
+
+#: Thread instructions per weight of the hot loop, for up to 16 tokens.
+LOOP_BUDGET = 2.4
+#: The same in plain Triton; the compiler packs halves less well for sm_80 and sm_89.
+PORTABLE_LOOP_BUDGET = {"sm_80": 4.8, "sm_89": 4.8, "sm_90": 4.5, "sm_100": 4.5, "sm_120": 4.5}
+#: bfloat16 needs three shifts a word where fp16 needs one.
+BFLOAT16_LOOP_BUDGET = 2.7
+#: The whole `rotate_int4_linear` of one token, per weight: rotation, prologue and epilogue included.
+FUSED_BUDGET = 3.2
+#: tl.gather of 128 channels in one warp: 4 elements of a lane from the 4 of another, in each of 8 rounds.
+SHUFFLES_PER_ROW = 128
+TENSOR_CORE = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
+#: The architectures that the loops' budgets are stated for; sm_89 compiles to the same.
+NVIDIA = tuple(name for name in TARGET_NAMES if name.startswith("sm_"))
+
+
+def variants(row: Row, *, full: bool) -> list[Variant]:
+    """What a row is compiled as."""
+    tokens = row.max_tokens if row.kernel == "rotate_int4_linear" else 1
+    split = row.tiles.get("split_k") != 1
+    if not full:
+        return [Variant(tokens=tokens, split=split)]
+    found = []
+    for dtype, group_size in itertools.product(("fp16", "bf16"), (128, 64, 32)):
+        common = Variant(dtype=dtype, group_size=group_size, tokens=tokens, split=split)
+        found.append(common)
+        if row.kernel in ("int4_linear", "rotate_int4_linear"):
+            found.append(Variant(**{**vars(common), "rotations": 4}))
+            # NVIDIA never launches it; what AMD launches is the same as without the flag.
+            if group_size == 128:
+                found.append(Variant(**{**vars(common), "portable": True}))
+        if row.kernel == "int4_linear" and split:
+            found.append(Variant(**{**vars(common), "split": False}))
+    return found
+
+
+def per_weight(instructions: int, compiled: CompiledKernel, tiles: LinearTiles | FusedTiles, k_tiles: int) -> float:
+    """Thread instructions of the whole program per weight."""
+    return instructions * compiled.threads / (128 * k_tiles * tiles.block_n)
+
+
+def check_budgets(row: Row, arch: str, variant: Variant) -> None:
+    tiles = KERNEL_TILES[row.kernel](**row.tiles)
+    compiled = compile_tiles(tiles, arch, variant)
+    assert compiled.spills == 0
+    assert compiled.shared_bytes <= SHARED_LIMITS[arch]
+    if isinstance(tiles, RotateTiles):
+        # Rows of one group never meet; the last gathers of a group of 32 may go through shared memory.
+        if arch in NVIDIA and variant.group_size == 128:
+            assert compiled.count("BAR") == 0
+            assert compiled.count("SHFL") <= 1.05 * SHUFFLES_PER_ROW * tiles.block_m
+        return
+    assert compiled.occurrences(TENSOR_CORE)
+    if arch not in NVIDIA or not isinstance(tiles, LinearTiles | FusedTiles):
+        return
+    assert compiled.count("LDGSTS.E.BYPASS.128") > 0
+    if variant.group_size != 128 or (row.max_tokens or 17) > 16:
+        return
+    loop = per_weight(compiled.hot_loop.count(), compiled, tiles, 1)
+    if variant.portable:
+        assert loop <= PORTABLE_LOOP_BUDGET[arch] or variant.dtype == "bf16" or variant.rotations > 1
+    else:
+        assert loop <= (LOOP_BUDGET if variant.dtype == "fp16" else BFLOAT16_LOOP_BUDGET)
+
+
+@pytest.mark.parametrize("arch", TARGET_NAMES)
+def test_every_row_keeps_its_budgets(arch, request):
+    full = request.config.getoption("--full-aot")
+    failures = []
+    for row in launch_table(arch):
+        for variant in variants(row, full=full):
+            try:
+                check_budgets(row, arch, variant)
+            except AssertionError as error:
+                failures.append(f"{row.kernel} {dict(row.tiles)} {variant}: {str(error).splitlines()[0]}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_rotation_and_product_in_one_launch_are_cheap(arch):
+    tiles = next(
+        KERNEL_TILES[row.kernel](**row.tiles) for row in launch_table(arch) if row.kernel == "rotate_int4_linear"
+    )
+    compiled = compile_tiles(tiles, arch, Variant())
+    assert per_weight(compiled.executed(tiles.slice_tiles), compiled, tiles, tiles.slice_tiles) <= FUSED_BUDGET
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_the_portable_loop(arch):
+    row = next(row for row in launch_table(arch) if row.kernel == "int4_linear" and row.max_tokens == 16)
+    check_budgets(row, arch, Variant(portable=True))
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_the_matrices_of_the_dense_rotation(arch):
+    compiled = compile_matrices(arch, Variant())
+    assert compiled.spills == 0
+    assert compiled.shared_bytes <= SHARED_LIMITS[arch]
+
+
+def test_a_kernel_without_a_loop_says_so():
+    compiled = CompiledKernel("sm_90", 1, 0, 1, 0, "", ())
+    with pytest.raises(LookupError, match="the kernel has no loop"):
+        _ = compiled.hot_loop
+    assert compiled.executed(3) == 0
