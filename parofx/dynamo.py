@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import is_from_unspecialized_nn_module_source
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import ChainedSource, TracingContext
+from torch._guards import ChainedSource, Source, TracingContext
 from torch.fx import GraphModule, Node
 
 from parofx.passes.graph import bind, plain_path, unbind
@@ -59,7 +59,7 @@ class Owner(NamedTuple):
 
     name: str
     module: nn.Module
-    source: ChainedSource
+    source: Source
 
 
 def owners(gm: GraphModule, names: Mapping[int, str]) -> dict[int, tuple[Owner, ...]]:
@@ -72,11 +72,13 @@ def owners(gm: GraphModule, names: Mapping[int, str]) -> dict[int, tuple[Owner, 
         names: position → dotted name, of `bind_parameters`.
     """
     output = InstructionTranslator.current_tx().output
-    scopes, values = {"L": output.local_scope, "G": output.global_scope}, {}  # type: ignore[var-annotated]
+    scopes = {"L": output.local_scope, "G": output.global_scope}
+    values: dict[Source, Any] = {}
     nodes = placeholders(gm)
     found: dict[int, tuple[Owner, ...]] = {}
     for index in names:
-        source, ways = nodes[index].meta["grapharg"].source, {}
+        source: Source = nodes[index].meta["grapharg"].source
+        ways: dict[int, Owner] = {}
         while isinstance(source, ChainedSource):
             source = source.base
             try:

@@ -84,9 +84,9 @@ def succeed(old: Tensor, new: Tensor) -> Tensor:
 
     So linears that held one tensor hold one again after equal values were loaded into each, and no others do.
     """
-    known = _successors.get(old)
+    known: Tensor | None = _successors.get(old)  # type: ignore[no-untyped-call]
     if known is not None and known.device == new.device and torch.equal(known, new):
-        return known  # type: ignore[no-any-return]
+        return known
     if not new.is_meta:
         _successors[old] = new
     return new

@@ -46,8 +46,9 @@ def _arguments(node: Node) -> dict[str, Any]:
         defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
         names = [one.name for one in parameters]
     else:
-        overload = node.target
+        overload: Any = node.target
         if not isinstance(overload, torch._ops.OpOverload):
+            # A builtin has no signature to look at; the operator behind it has the same arguments.
             overload = getattr(getattr(torch.ops.aten, operator_name(node), None), "default", None)
         arguments = [] if overload is None else overload._schema.arguments
         defaults = {one.name: one.default_value for one in arguments if one.has_default_value()}

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, Library
+from torch._library.custom_ops import CustomOpDef
+from torch.library import Library
 
 _DISPATCH_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
-_library = Library("parofx", "FRAGMENT")
+_library = Library("parofx", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def cast_activation(op: CustomOpDef) -> None:
     """Let an operator cast its first argument to autocast's dtype, on CPU and CUDA; float64 stays as it is."""
     for device, key in _DISPATCH_KEYS.items():
-        _library.impl(op._name, partial(_call, op._opoverload, device), key)
+        _library.impl(op._name, partial(_call, op._opoverload, device), key)  # type: ignore[no-untyped-call]
 
 
 def _call(overload: Any, device: str, x: Tensor, *args: Any) -> Any:

@@ -18,7 +18,6 @@ from parofx.passes.capture import capture
 from parofx.passes.convert import Convert
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.lower import Lower
-
 from parofx.passes.merge_siblings import MergeSiblings  # isort: skip
 from parofx.passes.fuse_producers import FuseProducers  # isort: skip  (the catalogue lists passes as they are run)
 from parofx.passes.normalize import Normalize

@@ -52,9 +52,7 @@ def fused_call(
     return providers.FusedCall(call, producer)
 
 
-def choose_fusing(
-    fused: providers.FusedCall, forced: str | None
-) -> tuple[providers.FusingProvider, list[tuple[str, str]]]:
+def choose_fusing(fused: providers.FusedCall, forced: str | None) -> tuple[providers.FusingProvider, list[tuple[str, str]]]:
     """Return the provider for a fused call, and why those before it were passed over.
 
     Raises:

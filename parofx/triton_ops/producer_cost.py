@@ -24,7 +24,9 @@ def why_not_in_producer(
     """Return why the producer should not rotate a layer's input, or None; arguments as `cost_model.plan_layer`'s."""
     card = architecture(arch)
     sizes = (tokens, in_features, group_size, krot, card, rotations)
-    plan = cost_model.plan_layer(tokens, in_features, out_features, group_size, krot, arch, rotations=rotations)
+    plan = cost_model.plan_layer(
+        tokens, in_features, out_features, group_size, krot, arch, rotations=rotations
+    )
     linear = cost_model.choose_linear(tokens, in_features, out_features, arch)
     product = cost_model.linear_us(tokens, in_features, out_features, linear, card)
     if isinstance(plan.linear, FusedTiles):
@@ -36,6 +38,4 @@ def why_not_in_producer(
     in_producer = product + cost_model.rotate_us(*sizes) - cost_model.LAUNCH_US
     if in_producer < separate:
         return None
-    return (
-        f"rotating for {tokens} tokens takes {in_producer:.1f} µs in the producer, {separate:.1f} µs {plan.placement}"
-    )
+    return f"rotating for {tokens} tokens takes {in_producer:.1f} µs in the producer, {separate:.1f} µs {plan.placement}"

@@ -31,6 +31,7 @@ from parofx.compiled_graph import copy_graph
 from parofx.passes import FuseProducers, Lower, MergeSiblings, Normalize
 from parofx.pipeline import Pipeline
 from parofx.providers.triton import TritonProvider
+from parofx.triton_ops.cost_model import plan_layer
 
 ARCH = "sm_90"
 SIZES = {
@@ -44,9 +45,7 @@ SIZES = {
 }
 CACHE_LENGTH = 256
 MODELS = ("llama", "qwen3", "gemma3_text")
-_LAUNCH = re.compile(
-    r"^\s*(?:\w+ = )?(triton_\w+)\.run\(|torch\.ops\.(\w+\.\w+)\.default\(|extern_kernels\.(\w+)\(", re.M
-)
+_LAUNCH = re.compile(r"^\s*(?:\w+ = )?(triton_\w+)\.run\(|torch\.ops\.(\w+\.\w+)\.default\(|extern_kernels\.(\w+)\(", re.M)
 
 
 @torch.library.custom_op("parofx_test::attention", mutates_args=())
@@ -84,8 +83,7 @@ class Decode(nn.Module):
         cache = Cache(keys, values, position)
         kinds = set(self.kinds or ()) if self.rotary.__class__.__name__.startswith("Gemma3") else {None}
         embeddings = {
-            kind: self.rotary(hidden, position[None], *(() if kind is None else (kind,)))
-            for kind in sorted(kinds, key=str)
+            kind: self.rotary(hidden, position[None], *(() if kind is None else (kind,))) for kind in sorted(kinds, key=str)
         }
         for index, layer in enumerate(self.layers):
             kind = None if None in embeddings else self.kinds[index]

@@ -96,7 +96,9 @@ def test_rmsnorm_rotate(sizes: dict, has_residual: bool, has_weight: bool, offse
     if total is not None:
         assert torch.equal(total, h)
     wide = None if weight is None else weight.double()
-    expected = ops.rmsnorm_rotate(h.double(), None, wide, offset, 1e-5, *problem.rotations, problem.group_size)
+    expected = ops.rmsnorm_rotate(
+        h.double(), None, wide, offset, 1e-5, *problem.rotations, problem.group_size
+    )
     problem.close(out, torch.stack(expected))
 
 
