@@ -12,33 +12,36 @@ a parameter was changed or replaced, they are made anew.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
+from parofx import kept_float
 from parofx.compiled_graph import CompiledGraph, copy_graph
 from parofx.config import ACTIVATIONS, Activations, CalibrationConfig, ParoConfig
-from parofx.dynamo import bind_parameters, owners, training_modules
+from parofx.dynamo import Owner, bind_parameters, guard_attribute, owners, placeholders
 from parofx.errors import ConfigError, LoweringError
-from parofx.nn import ParoLinear
 from parofx.passes.base import Stage, stage_of
 from parofx.passes.calibrate import Calibrate
 from parofx.passes.convert import Convert
 from parofx.passes.fuse_producers import FuseProducers
+from parofx.passes.graph import STAYS_FLOAT, binding
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.lower import Lower
 from parofx.passes.merge_siblings import MergeSiblings
 from parofx.passes.normalize import Normalize
 from parofx.passes.transforms import find_transforms
 from parofx.pipeline import Pipeline
+from parofx.report import FloatReason
+from parofx.training import training_calls, training_modules
 
 logger = logging.getLogger("parofx")
 
@@ -72,8 +75,12 @@ class BackendOptions:
         modes = list_mode_options()
         if mode is not None and mode not in modes:
             raise ConfigError(f"mode must be one of {sorted(modes)} for backend 'paro', got {mode!r}")
-        inductor = {**(modes[mode] if mode else {}), **given.pop("inductor", {})}
-        provider = given.pop("provider", None)
+        patches, provider = given.pop("inductor", {}), given.pop("provider", None)
+        if not isinstance(patches, Mapping):
+            raise ConfigError(f"inductor must be a mapping of Inductor's options for backend 'paro', got {patches!r}")
+        if provider is not None and not isinstance(provider, str):
+            raise ConfigError(f"provider must be a provider's name for backend 'paro', got {provider!r}")
+        inductor = {**(modes[mode] if mode else {}), **patches}
         activations = given.pop("activations", "float")
         if activations not in ACTIVATIONS:
             raise ConfigError(f"activations must be one of {ACTIVATIONS} for backend 'paro', got {activations!r}")
@@ -100,8 +107,10 @@ def paro(
     """
     settings = BackendOptions.from_options(options, mode)
     names = bind_parameters(gm, example_inputs)
-    roots = owners([example_inputs[index] for index in names])
-    _refuse_training(roots, [example_inputs[index] for index in names])
+    ways = owners(gm, names)
+    _refuse_training(gm, ways.values())
+    modules = {index: [owner.module for owner in way] for index, way in ways.items()}
+    _keep_float(gm, ways, kept_float.float_reasons({index: example_inputs[index] for index in names}, modules))
     differentiable = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad
         for index, value in enumerate(example_inputs)
@@ -112,8 +121,7 @@ def paro(
         config=settings.config,
         activations=settings.activations,
         provider="reference" if differentiable else settings.provider,
-        # What `quantize` left float stays so, also where a graph break puts it into a graph of its own.
-        convert_float=not any(isinstance(module, ParoLinear) for root in roots for module in root.modules()),
+        embeddings=kept_float.embedding_tables({id(way[-1]): way[-1] for way in modules.values() if way}.values()),
     )
     # Dynamo reads its own graph again after this: the passes rewrite a copy.
     lowered = lower(copy_graph(gm))
@@ -130,26 +138,42 @@ def paro(
     )
 
 
-def _refuse_training(roots: Sequence[nn.Module], parameters: Sequence[Tensor]) -> None:
-    training = training_modules(roots, parameters)
-    if training:
-        shown = ", ".join(training[:3]) + (" …" if len(training) > 3 else "")
-        raise LoweringError(
-            f"backend 'paro' compiles for inference, and these modules are in training mode: {shown}; "
-            "call model.eval() first"
-        )
+def _refuse_training(gm: GraphModule, ways: Iterable[tuple[Owner, ...]]) -> None:
+    training = {"modules": training_modules(ways), "calls": training_calls(gm)}
+    for what, names in training.items():
+        if names:
+            shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+            raise LoweringError(
+                f"backend 'paro' compiles for inference, and these {what} are in training mode: {shown}; "
+                "call model.eval() first"
+            )
+
+
+def _keep_float(gm: GraphModule, ways: Mapping[int, tuple[Owner, ...]], reasons: Mapping[int, FloatReason]) -> None:
+    """Note which inputs stay float: a graph break may put them into a graph that does not show why."""
+    nodes = placeholders(gm)
+    for index, way in ways.items():
+        bound = binding(nodes[index])
+        if index in reasons:
+            nodes[index].meta[STAYS_FLOAT] = reasons[index]
+        if way and bound is not None and bound.tensor.dim() == 2:
+            guard_attribute(way[0], kept_float.MARK)
 
 
 def _lower(
-    gm: GraphModule, *, config: ParoConfig, provider: str | None, activations: Activations, convert_float: bool
+    gm: GraphModule,
+    *,
+    config: ParoConfig,
+    provider: str | None,
+    activations: Activations,
+    embeddings: tuple[Tensor, ...],
 ) -> GraphModule | None:
     """Run the passes on a Dynamo graph whose parameters are bound; None if it holds nothing to lower."""
-    with torch.no_grad():
+    # Fits and packed tensors are the same under autocast.
+    with torch.no_grad(), torch._C._DisableAutocast():
         Pipeline([Normalize()]).run(gm)
         if stage_of(gm) is Stage.FLOAT:
-            if not convert_float:
-                return None
-            insert = Pipeline([InsertTransforms(config)])
+            insert = Pipeline([InsertTransforms(config, embeddings=embeddings)])
             insert.run(gm)
             if not insert.reports[0].matched:
                 return None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from parofx import integrations
+from parofx import integrations, kept_float
 from parofx.nn import ParoLinear
 
 
@@ -45,6 +45,7 @@ def replace_by_float(
             if module not in made:
                 made[module] = make(name, module, dtype).train(module.training)
             model.set_submodule(name, made[module])
+    kept_float.unmark(model)
     return model
 
 

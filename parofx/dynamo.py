@@ -1,19 +1,20 @@
 """What parofx asks of Dynamo's internals, in one place: an upgrade of torch fails here first.
 
 Dynamo hands a backend torch-level calls with parameters as placeholders. `bind_parameters` tells which placeholders are
-parameters of which module; `owners` finds the modules that are being compiled.
+parameters, by which name; `owners` follows the way Dynamo came by each and finds the modules on it.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch._dynamo.output_graph import OutputGraph
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import is_from_unspecialized_nn_module_source
-from torch._guards import TracingContext
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import ChainedSource, Source, TracingContext
 from torch.fx import GraphModule, Node
 
 from parofx.passes.graph import bind, plain_path, unbind
@@ -53,27 +54,47 @@ def unbind_parameters(nodes: Iterable[Node]) -> None:
         unbind(node)
 
 
-def owners(parameters: Sequence[Tensor]) -> list[nn.Module]:
-    """Return the outermost modules the code being compiled can see that hold one of its parameters."""
-    wanted = {id(parameter) for parameter in parameters}
-    seen = {id(module): module for module in _modules_in_frame()}
-    return [
-        module
-        for module in seen.values()
-        if any(id(tensor) in wanted for tensor in (*module.parameters(), *module.buffers()))
-    ]
+class Owner(NamedTuple):
+    """A module on the way to a parameter: the one that holds it, or one that leads there."""
+
+    name: str
+    module: nn.Module
+    source: Source
 
 
-def training_modules(roots: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list[str]:
-    """Return the names of modules in training mode that own one of the parameters being compiled."""
-    wanted = {id(parameter) for parameter in parameters}
-    names: dict[int, str] = {}
-    for root in roots:
-        for name, module in root.named_modules():
-            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            if module.training and any(id(tensor) in wanted for tensor in own):
-                names.setdefault(id(module), name or type(module).__name__)
-    return list(names.values())
+def owners(gm: GraphModule, names: Mapping[int, str]) -> dict[int, tuple[Owner, ...]]:
+    """Return the modules that lead to each bound input, the one that holds it first.
+
+    They are found wherever Dynamo came from: `self.models[0].head` leads through an object and a list.
+
+    Args:
+        gm: Dynamo's graph, while it is being compiled.
+        names: position → dotted name, of `bind_parameters`.
+    """
+    output = InstructionTranslator.current_tx().output
+    scopes = {"L": output.local_scope, "G": output.global_scope}
+    values: dict[Source, Any] = {}
+    nodes = placeholders(gm)
+    found: dict[int, tuple[Owner, ...]] = {}
+    for index in names:
+        source: Source = nodes[index].meta["grapharg"].source
+        ways: dict[int, Owner] = {}
+        while isinstance(source, ChainedSource):
+            source = source.base
+            try:
+                module = source.get_value(scopes, {}, values)
+            except Exception:
+                continue  # a source that Dynamo made up while tracing stands for nothing in the frame
+            if isinstance(module, nn.Module):
+                # The innermost of several sources of one module is the one that is marked as a module's.
+                ways.setdefault(id(module), Owner(plain_path(_source_name(source)), module, source))
+        found[index] = tuple(ways.values())
+    return found
+
+
+def guard_attribute(owner: Owner, name: str) -> None:
+    """Let Dynamo compile anew where a module differs from this one in having an attribute."""
+    install_guard(owner.source.make_guard(partial(GuardBuilder.HASATTR, attr=name)))
 
 
 def static_fakes(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -85,20 +106,6 @@ def static_fakes(tensors: Iterable[Tensor]) -> list[Tensor]:
     if context is None or context.fake_mode is None:
         return list(tensors)
     return [context.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
-
-
-def _modules_in_frame() -> Iterator[nn.Module]:
-    """Yield the modules that the code being compiled can see: its locals, closure and module-level names."""
-    frame = sys._getframe()
-    while frame is not None:
-        graph = frame.f_locals.get("self")
-        if isinstance(graph, OutputGraph):
-            translator = graph.root_tx
-            cells = [getattr(cell, "cell_contents", None) for cell in (getattr(translator, "closure", None) or ())]
-            seen = [*translator.f_locals.values(), *cells, *translator.f_globals.values()]
-            yield from (value for value in seen if isinstance(value, nn.Module))
-            return
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _source_name(source: Any) -> str:

@@ -14,9 +14,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 #: Tensors that several modules may hold, by role and content.
 _shared: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakValueDictionary()
+#: Tensor → what was loaded in its place; siblings that hold it still will take the same.
+_successors: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _LAYOUTS: dict[str, KernelLayout] = {}
 
 
@@ -74,6 +77,19 @@ def share(role: str, tensor: Tensor) -> Tensor:
     if found is None or not torch.equal(_bytes(found), content):
         _shared[key] = found = tensor
     return found
+
+
+def succeed(old: Tensor, new: Tensor) -> Tensor:
+    """Return the tensor that took the place of `old` in a sibling if it equals `new`, or else `new`.
+
+    So linears that held one tensor hold one again after equal values were loaded into each, and no others do.
+    """
+    known: Tensor | None = _successors.get(old)  # type: ignore[no-untyped-call]
+    if known is not None and known.device == new.device and torch.equal(known, new):
+        return known
+    if not new.is_meta:
+        _successors[old] = new
+    return new
 
 
 def _bytes(tensor: Tensor) -> Tensor:

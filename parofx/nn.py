@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parofx import kernel_layouts, packing, rotation
+from parofx import kernel_layouts, linear_tensors, packing, rotation
 from parofx import ops as _ops  # noqa: F401  (registers torch.ops.parofx)
 from parofx.cpu_ops import packed_linear as _packed_linear  # noqa: F401  (registers its layout)
 from parofx.errors import ShapeError
@@ -176,7 +176,7 @@ class ParoLinear(nn.Module):
         tensors = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         if self.layout == CHECKPOINT:
             return tensors
-        with torch.no_grad(), torch.inference_mode(False):
+        with torch.no_grad(), torch.inference_mode(False), torch._C._DisableAutocast():
             unpacked = kernel_layouts.by_name(self.layout).unpack(tensors, self.group_size)
         return unpacked | {name: tensors[name] for name in ("bias",) if name in tensors}
 
@@ -216,7 +216,7 @@ class ParoLinear(nn.Module):
                 if layout is None:
                     self._layout = CHECKPOINT
                 else:
-                    with torch.no_grad(), torch.inference_mode(False):
+                    with torch.no_grad(), torch.inference_mode(False), torch._C._DisableAutocast():
                         packed = layout.pack(buffers, self.group_size)
                     self._hold(packed | {"bias": buffers["bias"]}, layout.name)
             return self._layout or CHECKPOINT
@@ -258,17 +258,40 @@ class ParoLinear(nn.Module):
         for name, tensor in self.checkpoint_tensors().items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         with _lock:
             layout = self.layout
             held: dict[str, Any] = self._buffers
+            assign = local_metadata.get("assign_to_params_buffers", False)
             self.unpack_()
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+            tensors = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+            given = {name: state_dict.get(prefix + name) for name in tensors}
+            problems = linear_tensors.why_not_loadable(
+                tensors, given, self.group_size, prefix.rstrip(".") or "ParoLinear"
+            )
+            if problems:
+                error_msgs += problems
+            else:
+                # Siblings hold the same tensors: what is loaded here must not be written into theirs.
+                self._buffers |= {name: tensors[name].clone() for name in ROTATION_NAMES}
+                rest = (strict, missing_keys, unexpected_keys, error_msgs)
+                super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+                for name in ROTATION_NAMES:
+                    self._buffers[name] = kernel_layouts.succeed(tensors[name], self.get_buffer(name))
             if layout == CHECKPOINT:
                 return
             # In the same layout and memory: compiled graphs need no second look, and slices stay slices.
             self.pack_()
-            if self.layout == layout and not local_metadata.get("assign_to_params_buffers", False):
+            if self.layout == layout and not assign:
                 for name in kernel_layouts.by_name(layout).weight_buffers:
                     held[name].copy_(self._buffers[name])
                     self._buffers[name] = held[name]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from parofx import integrations
+from parofx import integrations, kept_float
 from parofx.calibration.data import batches as read_batches
 from parofx.config import ParoConfig
 from parofx.errors import CaptureError, ConfigError, one_per_line
@@ -174,12 +174,8 @@ def _named(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
 
 def output_heads(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the module that a model's `get_output_embeddings()` gives, if it has one."""
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        head = get() if callable(get) else None
-    except (NotImplementedError, AttributeError):
-        head = None
-    return tuple(name for name, module in model.named_modules() if module is head)
+    head = kept_float.output_head(model)
+    return () if head is None else tuple(name for name, module in model.named_modules() if module is head)
 
 
 def _modules(gm: GraphModule) -> dict[str, ParoLinear]:
@@ -270,6 +266,7 @@ def _write_back(model: nn.Module, modules: Mapping[str, ParoLinear]) -> None:
         for name, original in originals.items():
             model.set_submodule(name, original)
         raise
+    kept_float.mark(model)
 
 
 def _peak_memory_bytes() -> int:

@@ -24,6 +24,7 @@ class FloatReason(StrEnum):
     WEIGHT_NOT_MATRIX = "the weight is a slice of a larger parameter (fused experts)"
     FUNCTIONAL = "the weight is read by code other than one linear module"
     WHOLE_MODEL = "the linear is the whole model, and no module can take its place: quantize nn.Sequential(linear)"
+    LEFT_FLOAT = "the model is quantized, and left it float"
     NOT_REACHED = "the example inputs never reach it"
 
 

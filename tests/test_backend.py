@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import transformers
 from fp64 import relative_error, run
 from rounded import round_model
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from parofx.passes.derived import _cache as derived_tensors
 
 #: Compiled against eager in fp32: other orders of summation.
 FP32 = 1e-5
+#: Activations and products rounded to bf16, 2⁻⁸ each.
+BF16 = 1e-2
 #: What four bits may cost these networks.
 FOUR_BITS = 0.15
 OPTIONS = {"steps": 2}
@@ -310,6 +313,59 @@ def _calls(name: str) -> tuple[int, ...]:
     return (transforms,)
 
 
+class Untied(nn.Module):
+    """A language model whose head is told by its embedding's shape alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 64)
+        self.body = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 96, bias=False)
+
+    def forward(self, x):
+        if not x.is_floating_point():
+            x = self.embed(x)
+        return self.head(torch.relu(self.body(x)))
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(**LLAMA_LIKE | {"num_hidden_layers": 1, "vocab_size": 256})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def _broken_before_the_head(model: nn.Module) -> Callable:
+    def run(embedded):
+        hidden = model.model(inputs_embeds=embedded).last_hidden_state
+        torch._dynamo.graph_break()
+        return model.lm_head(hidden)
+
+    return run
+
+
+HEADS: dict[str, tuple[Callable, Callable, int]] = {
+    "embeddings given": (llama, lambda model: lambda x: model(inputs_embeds=x).logits, 7),
+    "graph break": (llama, _broken_before_the_head, 7),
+    "head alone": (llama, lambda model: lambda x: model.lm_head(x), 0),
+    "shape of a table of the model": (Untied, lambda model: model, 1),
+    "head alone, by shape": (Untied, lambda model: lambda x: model.head(x), 0),
+}
+
+
+@pytest.mark.parametrize(("make", "way", "quantized"), HEADS.values(), ids=HEADS)
+def test_the_output_head_stays_float_where_no_embedding_is_looked_up(make, way, quantized, spy, caplog):
+    """Regression: the head was told by the embedding table that the graph looks up, and quantized without one."""
+    torch.manual_seed(0)
+    model = make().eval()
+    head = model.lm_head if make is llama else model.head
+    x = inputs(2, 5, head.in_features)
+    quietly(compiled(way(model), fullgraph=False, options={"steps": 0}), x)
+    assert sum("fitting" in line for line in float_lines(caplog)) == bool(quantized)
+    if quantized:
+        assert f"fitting {quantized} linears" in float_lines(caplog)[0]
+    linears = [node for gm in spy.graphs for node in gm.graph.nodes if "linear" in str(node.target)]
+    assert any(not str(node.target).startswith("parofx") for node in linears), "the head is a float linear still"
+
+
 def test_dynamo_explains_no_graph_break():
     model = ZOO["llama"].build()
     explanation = torch._dynamo.explain(model)(input_ids=ZOO["llama"].inputs()["input_ids"])
@@ -349,6 +405,153 @@ def test_what_quantize_left_float_stays_float_behind_a_graph_break(spy, caplog):
     assert relative_error(result, quietly(model, inputs())) < FP32
     assert len(spy.graphs) == 2
     assert not float_lines(caplog)
+
+
+class Held:
+    """Holds a model without being a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.models = [model]
+
+    def run(self, x):
+        return self.models[0](x)
+
+    def run_apart(self, x):
+        model = self.models[0]
+        x = model.norm(x)
+        x = torch.relu(model.left(x)) * model.right(x)
+        torch._dynamo.graph_break()
+        return model.down(x)
+
+
+def test_what_quantize_left_float_stays_float_alone(spy, caplog):
+    """Regression: only modules that the compiled frame sees were asked whether they hold a `ParoLinear`."""
+    model = net()
+    config = ParoConfig(modules_to_not_convert=("down",), calibration=CalibrationConfig(steps=0))
+    parofx.quantize(model, config, example_inputs=inputs(), progress=False)
+    for one in (model, copy.deepcopy(model)):
+        expected = quietly(one, inputs())
+        assert relative_error(quietly(compiled(Held(one).run_apart, fullgraph=False), inputs()), expected) < FP32
+        hidden = inputs(8, 128)
+        assert relative_error(quietly(compiled(one.down), hidden), quietly(one.down, hidden)) < FP32
+    assert not float_lines(caplog)
+
+
+def test_a_float_linear_and_one_left_float_share_no_graph(spy):
+    model, other = net(), net(seed=3)
+    config = ParoConfig(modules_to_not_convert=("down",), calibration=CalibrationConfig(steps=0))
+    parofx.quantize(model, config, example_inputs=inputs(), progress=False)
+    hidden = inputs(8, 128)
+    for down, least, most in (
+        (other.down, 1e-3, FOUR_BITS),
+        (model.down, -1, FP32),
+        (net(seed=4).down, 1e-3, FOUR_BITS),
+    ):
+        assert least < relative_error(quietly(compiled(down), hidden), quietly(down, hidden)) < most
+    assert len(spy.graphs) == 2
+
+
+def test_a_float_model_beside_a_quantized_one_is_converted(spy, caplog):
+    both = [paro_net(), net(seed=1)]
+
+    def first(x):
+        return both[0](x)
+
+    def second(x):
+        return both[1](x)
+
+    assert relative_error(quietly(compiled(first), inputs()), quietly(both[0], inputs())) < FP32
+    assert relative_error(quietly(compiled(second), inputs()), quietly(both[1], inputs())) > 1e-3
+    assert "fitting 3 linears" in float_lines(caplog)[0]
+
+
+def test_attention_that_is_one_call_is_listed(spy, caplog):
+    """`nn.MultiheadAttention` is one call for Dynamo: its linears stay float, and the log says so."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend = nn.MultiheadAttention(64, 2, batch_first=True)
+            self.out = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.out(self.attend(x, x, x, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    model = Attention().eval()
+    caplog.set_level(logging.DEBUG, logger="parofx")
+    assert relative_error(quietly(compiled(model), inputs(2, 5, 64)), quietly(model, inputs(2, 5, 64))) < FOUR_BITS
+    assert "fitting 1 linears" in float_lines(caplog)[0]
+    for name in ("attend.in_proj_weight", "attend.out_proj"):
+        lines = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+        assert any("inside one call of multi_head_attention_forward" in line for line in lines)
+
+
+# --- autocast -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["kernels", "no compiler"])
+def kernels(request, monkeypatch) -> str:
+    """Let the native kernels be there or not."""
+    if request.param == "no compiler":
+        monkeypatch.setattr("parofx.cpu_ops.is_available", lambda: False)
+        monkeypatch.setattr("parofx.cpu_ops.why_unavailable", lambda: "there is no compiler")
+    return request.param
+
+
+@pytest.mark.parametrize("make", [net, paro_net])
+def test_autocast_gives_the_dtype_of_a_float_model(make, kernels, spy):
+    """Regression: linears kept fp32, and a provider was chosen for the dtype that a float linear would have had."""
+    model, plain = make(), net()
+    linears = nn.Sequential(model.left, nn.ReLU(), model.down).eval()
+    expected = quietly(linears, inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quietly(plain.left, inputs()).dtype == torch.bfloat16
+        eager, fast = quietly(linears, inputs()), quietly(compiled(linears), inputs())
+        whole = quietly(compiled(model), inputs())
+        assert whole.dtype == quietly(plain, inputs()).dtype == torch.bfloat16
+    assert eager.dtype == fast.dtype == torch.bfloat16
+    assert relative_error(eager, expected) < BF16
+    assert relative_error(fast, expected) < (FOUR_BITS if make is net else BF16)
+    # Linears that read one tensor still are one call: equal casts are one node.
+    assert sum(count for name, count in spy.operators().items() if "getitem" not in name) == 2
+
+
+@pytest.mark.parametrize("make", [net, paro_net])
+def test_autocast_around_a_part_of_the_model(make, kernels):
+    model = make()
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            h = model.left(x)
+        return h, model.down(h.float())
+
+    with torch.no_grad():
+        h, y = compiled(run)(inputs())
+        wanted = run(inputs())
+    assert (h.dtype, y.dtype) == (torch.bfloat16, torch.float32)
+    for one, other in zip((h, y), wanted, strict=True):
+        assert relative_error(one, other) < (FOUR_BITS if make is net else BF16)
+
+
+def test_autocast_leaves_double_alone():
+    model = paro_net().double()
+    x = inputs().double()
+    expected = quietly(model.left, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quietly(model.left, x), expected)
+        assert quietly(compiled(model.left), x).dtype == torch.float64
+
+
+def test_fits_are_the_same_under_autocast(spy):
+    x = inputs().bfloat16()
+    weights = []
+    for enabled in (False, True):
+        model = net().left.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            weights.append(quietly(compiled(model), x))
+        torch._dynamo.reset()
+    assert torch.equal(*weights)
 
 
 # --- sizes, grad modes, gradients -----------------------------------------------------------------------------------
@@ -436,6 +639,33 @@ def test_training_mode_is_refused_with_the_module_named(spy):
     assert fast(inputs()).shape == (8, 64)
 
 
+@pytest.mark.parametrize("make", [net, paro_net])
+def test_training_mode_is_refused_wherever_the_model_is_held(make, spy):
+    """Regression: only modules that the compiled frame sees were asked for their mode."""
+    model = make().train()
+    held, listed = Held(model), [model]
+    for function in (held.run, lambda x: listed[0](x)):
+        with pytest.raises(BackendCompilerFailed, match=r"these modules are in training mode: .*call model\.eval\(\)"):
+            compiled(function)(inputs())
+    model.eval()
+    assert compiled(held.run)(inputs()).shape == (8, 64)
+    outer = nn.Sequential(model).train()
+    model.eval()
+    with pytest.raises(BackendCompilerFailed, match="these modules are in training mode: Sequential; call"):
+        compiled(outer)(inputs())
+
+
+def test_calls_in_training_mode_are_refused(spy):
+    model = net()
+
+    def forward(x):
+        return nn.functional.dropout(model(x), 0.1)
+
+    with pytest.raises(BackendCompilerFailed, match=r"these calls are in training mode: dropout \(\w+\); call"):
+        compiled(forward)(inputs())
+    assert compiled(lambda x: nn.functional.dropout(model(x), 0.1, training=False))(inputs()).shape == (8, 64)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -446,10 +676,12 @@ def test_training_mode_is_refused_with_the_module_named(spy):
         ({"options": {"group_size": 60}}, r"group_size must be one of \(128, 64, 32\), got 60"),
         ({"options": {"steps": -1}}, "steps must be an integer of at least 0, got -1"),
         ({"options": {"provider": "abacus"}}, r"provider must be one of \[.*'reference'.*\], got 'abacus'"),
+        ({"options": {"provider": 5}}, "provider must be a provider's name for backend 'paro', got 5"),
+        ({"options": {"inductor": 5}}, "inductor must be a mapping of Inductor's options for backend 'paro', got 5"),
         ({"options": {"activations": "int4"}}, r"activations must be one of \('float', 'int8'\) .*got 'int4'"),
         ({"mode": "fast", "options": None}, r"mode must be one of \['default', .*'reduce-overhead'\] .*got 'fast'"),
     ],
-    ids=["unknown", "group size", "steps", "provider", "activations", "mode"],
+    ids=["unknown", "group size", "steps", "provider", "provider type", "inductor", "activations", "mode"],
 )
 def test_wrong_options_are_refused(options, message, spy):
     with pytest.raises(BackendCompilerFailed, match=message):

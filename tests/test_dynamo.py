@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from parofx.dynamo import bind_parameters, owners, placeholders, rebind_parameters, training_modules, unbind_parameters
+from parofx.dynamo import (
+    bind_parameters,
+    guard_attribute,
+    owners,
+    placeholders,
+    rebind_parameters,
+    unbind_parameters,
+)
 from parofx.passes.graph import binding
 
 
@@ -20,7 +27,10 @@ def _fresh_dynamo():
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("torch._dynamo.output_graph", "OutputGraph"),
+        ("torch._dynamo.guards", "GuardBuilder"),
+        ("torch._dynamo.guards", "install_guard"),
+        ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
+        ("torch._guards", "ChainedSource"),
         ("torch._dynamo.source", "is_from_unspecialized_nn_module_source"),
         ("torch._inductor", "list_mode_options"),
         ("torch._inductor.compile_fx", "compile_fx"),
@@ -28,6 +38,7 @@ def _fresh_dynamo():
         ("torch.utils.weak", "WeakIdKeyDictionary"),
         ("torch.utils._pytree", "tree_leaves"),
         ("torch._C", "_set_grad_enabled"),
+        ("torch._C", "_DisableAutocast"),
     ],
 )
 def test_private_names_exist(module, name):
@@ -90,31 +101,78 @@ def test_binding_to_later_tensors_and_forgetting_them():
     assert left == [None] * 5
 
 
-def test_owners_are_found_in_locals_and_closures():
-    model, unrelated = Inner().eval(), nn.Linear(2, 2)
+class Holder:
+    """Not a module, as a pipeline or a trainer is not."""
+
+    def __init__(self, model):
+        self.models = {"first": [model]}
+
+    def run(self, x, y):
+        return self.models["first"][0](x, y)
+
+
+MODELS = [Inner().eval()]
+
+
+def _in_closure(model):
+    return lambda x, y: model(x, y)
+
+
+def _in_list_of_closure(model):
+    models = [model]
+
+    def run(x, y):
+        for one in models:
+            x = one(x, y)
+        return x
+
+    return run
+
+
+def _in_global_list(model):
+    MODELS[:] = [model]
+    return lambda x, y: MODELS[0](x, y)
+
+
+WAYS = {
+    "itself": lambda model: model,
+    "object": lambda model: Holder(model).run,
+    "closure": _in_closure,
+    "list": _in_list_of_closure,
+    "global list": _in_global_list,
+    "default": lambda model: lambda x, y, model=model: model(x, y),
+    "method": lambda model: model.forward,
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_owners_are_found_wherever_dynamo_came_from(way):
+    model = Inner().eval()
 
     def inspect(gm, example_inputs):
         names = bind_parameters(gm, example_inputs)
-        parameters = [example_inputs[index] for index in names]
-        roots = owners(parameters)
-        return roots, training_modules(roots, parameters)
+        found = owners(gm, names)
+        assert found.keys() == names.keys()
+        return {names[index].rpartition(".")[2]: found[index] for index in names}
 
-    roots, training = seen_by_a_backend(model, torch.ones(2, 4), torch.ones(4), inspect=inspect)
-    assert any(root is model for root in roots)
-    assert training == []
-
-    torch._dynamo.reset()
-    model.layers["a b"].train()
-    unrelated.train()
-
-    def function(x, y):
-        return model(x, y), unrelated.weight.shape[0]
-
-    roots, training = seen_by_a_backend(function, torch.ones(2, 4), torch.ones(4), inspect=inspect)
-    assert any(root is model for root in roots)
-    assert not any(root is unrelated for root in roots)
-    assert training == ["layers.a b"]
+    found = seen_by_a_backend(way(model), torch.ones(2, 4), torch.ones(4), inspect=inspect)
+    assert [link.module for link in found["weight"]] == [model.layers["a b"], model.layers, model]
+    assert [link.module for link in found["w"]] == [link.module for link in found["offset"]] == [model]
+    assert found["weight"][0].name.endswith("layers.a b")
 
 
-def test_owners_outside_of_a_compilation_are_none():
-    assert owners([torch.ones(2)]) == []
+def test_a_guarded_attribute_tells_modules_apart():
+    compiled = []
+
+    def backend(gm, example_inputs):
+        names = bind_parameters(gm, example_inputs)
+        for way in owners(gm, names).values():
+            guard_attribute(way[0], "special")
+        compiled.append(gm)
+        return gm.forward
+
+    plain, other, special = (nn.Linear(4, 4) for _ in range(3))
+    special.special = True
+    for module in (plain, other, plain, special, special, other):
+        torch.compile(module, backend=backend)(torch.ones(2, 4))
+    assert len(compiled) == 2

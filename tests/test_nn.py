@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from hypothesis import given
+from rounded import random_rotation, round_linear
 from torch import nn
 
 from parofx.errors import ShapeError
@@ -179,6 +180,80 @@ def test_load_state_dict_is_strict():
         some_linear(bias=False).load_state_dict(some_tensors())
     with pytest.raises(RuntimeError, match="size mismatch for theta"):
         module.load_state_dict(some_tensors() | {"theta": torch.zeros(2, 6, dtype=torch.float16)})
+
+
+class Siblings(nn.Module):
+    """Two linears that hold one rotation."""
+
+    def __init__(self, seed, *, shared):
+        super().__init__()
+        rotations = [random_rotation(64, 32, 3, seed), random_rotation(64, 32, 3, seed if shared else seed + 1)]
+        if shared:
+            rotations[1] = rotations[0]
+        weights = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(seed))
+        self.q, self.k = (round_linear(weight, None, one, 32) for weight, one in zip(weights, rotations, strict=True))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x)
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_siblings_load_rotations_that_differ(packed, assign):
+    """Regression: what one sibling loaded was written into the tensors that all of them held."""
+    module, other = Siblings(0, shared=True), Siblings(5, shared=False)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(9))
+    state = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    expected = other(x)
+    assert module.q.theta is module.k.theta
+    if packed:
+        module(x)
+    module.load_state_dict(state, assign=assign)
+    assert equal_tensors(module.state_dict(), state)
+    assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_siblings_load_one_rotation_and_hold_it_once(packed):
+    module, again, other = Siblings(0, shared=True), Siblings(0, shared=True), Siblings(5, shared=True)
+    state = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    for one in (module, again):
+        if packed:
+            one.q.pack_(), one.k.pack_()
+        one.load_state_dict(state)
+    name = "cpu_theta" if module.q.layout == "cpu" else "theta"
+    assert module.q.get_buffer(name) is module.k.get_buffer(name)
+    assert module.q.theta is module.k.theta
+    if not packed:
+        assert module.q.theta is not again.q.theta, "nothing but siblings share"
+    assert equal_tensors(module.state_dict(), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("pairs", (1, 3), 1, r"k.pairs: round 1, group 0 must be a permutation of 0..31"),
+        ("scales", (0, 2), torch.inf, r"k.scales: must be finite, got 1 values that are not"),
+        ("theta", (0, 0), 1e6, r"k.theta: must be finite, got 1 values that are not"),
+        ("channel_scales", (0, 4), 1e-12, r"k.channel_scales: weights are divided by them, got 1 zeros"),
+    ],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_impossible_values_are_not_loaded(packed, name, index, value, message):
+    module = Siblings(0, shared=True)
+    state = {key: tensor.clone() for key, tensor in Siblings(5, shared=True).state_dict().items()}
+    expected = {key: tensor.clone() for key, tensor in module.state_dict().items() if key.startswith("k.")}
+    key = f"k.{name}"
+    state[key] = state[key].float() if name in ("theta", "channel_scales") else state[key]
+    state[key][index] = value
+    if packed:
+        module.q.pack_(), module.k.pack_()
+    layout = module.k.layout
+    with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict(state)
+    found = module.state_dict()
+    assert equal_tensors({key: found[key] for key in expected}, expected), "the linear is as it was"
+    assert module.k.layout == layout
 
 
 @given(rotate_linear_cases(rotation_dtypes=(torch.float16,), dtypes=(torch.float64,)))

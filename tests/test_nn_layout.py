@@ -14,7 +14,7 @@ from torch import nn
 from parofx import cpu_ops, kernel_layouts
 from parofx.cpu_ops.packed_linear import CpuLayout
 from parofx.errors import ShapeError
-from parofx.nn import TENSOR_NAMES, ParoLinear
+from parofx.nn import ROTATION_NAMES, TENSOR_NAMES, ParoLinear
 
 pytestmark = pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="needs a C++ compiler")
 
@@ -60,6 +60,16 @@ def test_the_first_forward_packs_and_the_state_dict_stays(krot, bias):
     assert module.layout == "cpu", "reading it changes nothing"
     assert same(module.unpack_().state_dict(), before)
     assert {name for name, _ in module.named_buffers()} == set(before)
+
+
+def test_layouts_change_under_autocast():
+    expected = some_linear().state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        module = some_linear().pack_()
+        assert module(some_input()).dtype == torch.bfloat16
+        assert same(module.state_dict(), expected)
+        assert same(module.unpack_().state_dict(), expected)
+    assert module(some_input()).dtype == torch.float32
 
 
 def test_there_is_one_copy():
@@ -108,7 +118,8 @@ def test_load_state_dict(assign, packed):
     assert module.load_state_dict(expected, assign=assign) == ([], [])
     assert module.layout == ("cpu" if packed else "checkpoint")
     if not assign:
-        kept = CpuLayout.weight_buffers if packed else before
+        # Rotation tensors may be siblings' too, and are replaced.
+        kept = CpuLayout.weight_buffers if packed else set(before) - set(ROTATION_NAMES)
         assert all(module.get_buffer(name).data_ptr() == before[name] for name in kept)
     assert same(module.state_dict(), expected)
     assert torch.equal(module(some_input()), other(some_input()))

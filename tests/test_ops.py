@@ -444,3 +444,38 @@ def test_tensors_of_producers_that_do_not_fit_are_refused():
         paro.silu_mul_rotate(x.long(), x.long(), *turned, 6)
     with pytest.raises(ShapeError, match="siblings need one input, or one each"):
         paro.int4_siblings([x], [], [], [], [], [], 6)
+
+
+AUTOCAST_CASE = RotateLinearCase(batch=(3,), groups=2, group_size=6, krot=3, words=2, bias=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_autocast_casts_the_activation_alone(dtype):
+    case = AUTOCAST_CASE
+    x = case.x().to(dtype)
+    rotation, weight = case.rotation(), case.weight()
+    wanted = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    calls = {
+        paro.int4_linear: (*weight, case.group_size),
+        paro.rotate_int4_linear: (*rotation, *weight, case.group_size),
+        paro.rotate_int4_siblings: siblings_args([case, case], shared=True)[1:],
+    }
+    for op, args in calls.items():
+        expected = op(x.to(wanted), *args)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = op(x, *args)
+            opcheck(op, (x, *args), test_utils=METADATA)
+        found, expected = (one if isinstance(one, list) else [one] for one in (found, expected))
+        assert {one.dtype for one in found} == {wanted}
+        assert all(map(torch.equal, found, expected))
+
+
+def test_autocast_keeps_the_gradient():
+    x = AUTOCAST_CASE.x().float().requires_grad_()
+    args = (*AUTOCAST_CASE.rotation(), *AUTOCAST_CASE.weight(), 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = paro.rotate_int4_linear(x, *args)
+    (grad,) = torch.autograd.grad(result.float().sum(), x)
+    (expected,) = torch.autograd.grad(paro.rotate_int4_linear(x, *args).sum(), x)
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(grad, expected, rtol=2e-2, atol=2e-2)

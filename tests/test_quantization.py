@@ -585,7 +585,9 @@ def test_peak_memory_is_bounded():
     assert size > 4 * 25e6
     # Activations at a border: input and output of a block, for all samples.
     activations = 2 * 16 * 128 * 512 * 4
-    assert peak < 3 * size + activations
+    # Second moments of the widest input, fp64: gathered, held out, rotated, damped and factored.
+    moments = 12 * 8 * 1536**2
+    assert peak < 3 * size + activations + moments
     assert reported <= peak
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parofx import linear_tensors
 from parofx import nn as paro_nn
-from parofx import rotation
 from parofx.config import PACKED_BITS
 from parofx.errors import CheckpointError, ShapeError, one_per_line
 from parofx.nn import ParoLinear
@@ -153,21 +153,11 @@ def why_not_quantized(quantized: Quantized, config: Mapping[str, Any]) -> list[s
 
 
 def why_not_valid(quantized: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-    """Return which loaded values cannot be: pairs that are no permutation, numbers that are not finite."""
+    """Return which loaded values cannot be; see `linear_tensors.why_not_valid`."""
     problems = []
     for name, tensors in quantized.items():
-        for key, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                count = int((~tensor.isfinite()).sum())
-                problems.append(f"{name}.{key}: must be finite, got {count} values that are not")
-        zeros = int((tensors["channel_scales"] == 0).sum())
-        if zeros:
-            problems.append(f"{name}.channel_scales: weights are divided by them, got {zeros} zeros")
         group_size = tensors["qweight"].shape[0] // tensors["scales"].shape[0]
-        try:
-            rotation.check_pairs(tensors["pairs"], group_size, f"{name}.pairs")
-        except ShapeError as error:
-            problems.append(str(error))
+        problems += linear_tensors.why_not_valid(tensors, group_size, name)
     return problems
 
 

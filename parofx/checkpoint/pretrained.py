@@ -11,7 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from parofx import integrations
+from parofx import integrations, kept_float
 from parofx.checkpoint import files, layout, skeleton
 from parofx.errors import CheckpointError, one_per_line
 
@@ -149,6 +149,7 @@ def _fill_module(
     linears = layout.paro_linears(model).values()
     layout.share_rotations(linears)
     layout.pack(linears)
+    kept_float.mark(model)
     return model
 
 

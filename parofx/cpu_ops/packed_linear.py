@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parofx import cpu_ops, kernel_layouts
-from parofx import ops as _ops  # noqa: F401  (registers torch.ops.parofx)
+from parofx import cpu_ops, kernel_layouts, ops
 from parofx.config import Activations
 from parofx.cpu_ops import layout
 from parofx.packing import CODES_PER_WORD
@@ -120,6 +119,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 rotate_int4_cpu_linear.register_autograd(_differentiate, setup_context=_save)
+ops.cast_activation(rotate_int4_cpu_linear)
 
 
 def _kernels_serve(x: Tensor) -> bool:
@@ -179,8 +179,13 @@ class CpuLayout:
         """Return `(…, N)` for `x (…, K)`; differentiable in `x`, and one operator call where a graph is traced."""
         rotation, theta, weight = packed["cpu_rotation"], packed["cpu_theta"], packed["cpu_weight"]
         scales, zeros = packed["cpu_scales"], packed["cpu_zeros"]
-        # Outside of graphs and without a gradient to record, the kernel is called with nothing in between.
-        if not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)) and _kernels_serve(x):
+        # Outside of graphs, with no gradient to record and nothing to cast, the kernel is called directly.
+        direct = not (
+            torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and x.requires_grad)
+            or torch.is_autocast_enabled("cpu")
+        )
+        if direct and _kernels_serve(x):
             return _run_kernels(x, rotation, weight, scales, zeros, bias, group_size)
         result: Tensor = torch.ops.parofx.rotate_int4_cpu_linear(
             x, rotation, theta, weight, scales, zeros, bias, group_size

@@ -2,7 +2,7 @@
 
 Each block of the files here holds one operator: schema and reference, fake kernel, autograd. Passes match these
 operators; providers replace them by operators on kernel layouts. The references compute in fp32 (fp64 for fp64 inputs)
-and round once.
+and round once. Under autocast the linears cast `x`, as `F.linear` does.
 
 | operator | returns |
 |-|-|
@@ -18,6 +18,7 @@ and round once.
 
 from __future__ import annotations
 
+from parofx.ops.autocast import cast_activation
 from parofx.ops.linear import int4_linear, int4_linear_backward, rotate_int4_linear
 from parofx.ops.producers import int4_siblings, rmsnorm_rotate, silu_mul_rotate
 from parofx.ops.rounding import fake_quantize, fake_quantize_backward
@@ -25,6 +26,7 @@ from parofx.ops.siblings import differentiate_siblings, rotate_int4_siblings, sa
 from parofx.ops.transform import rotate, rotate_backward
 
 __all__ = [
+    "cast_activation",
     "differentiate_siblings",
     "fake_quantize",
     "fake_quantize_backward",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parofx import packing, rotation
 from parofx.errors import ShapeError
+from parofx.ops.autocast import cast_activation
 
 
 def reference_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,6 +84,7 @@ def _differentiate_int4_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
 
 
 int4_linear.register_autograd(_differentiate_int4_linear, setup_context=_save_int4_linear)
+cast_activation(int4_linear)
 
 
 @torch.library.custom_op("parofx::rotate_int4_linear", mutates_args=())
@@ -134,3 +136,4 @@ def _differentiate_rotate_int4_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | 
 
 
 rotate_int4_linear.register_autograd(_differentiate_rotate_int4_linear, setup_context=_save_rotate_int4_linear)
+cast_activation(rotate_int4_linear)

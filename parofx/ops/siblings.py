@@ -10,6 +10,7 @@ from torch import Tensor
 
 from parofx import rotation
 from parofx.errors import ShapeError
+from parofx.ops.autocast import cast_activation
 from parofx.ops.linear import check_linear, reference_linear
 
 
@@ -131,3 +132,4 @@ def differentiate_siblings(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, .
 
 
 rotate_int4_siblings.register_autograd(differentiate_siblings, setup_context=save_siblings)
+cast_activation(rotate_int4_siblings)

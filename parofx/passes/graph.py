@@ -15,6 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 LINEAR = torch.ops.aten.linear.default
 #: A weight stored as `(K, N)` is read through this node.
 TRANSPOSE = torch.ops.aten.t.default
+#: The cast of a linear's input under autocast.
+CAST = torch.ops.aten.to.dtype
 ROTATE = torch.ops.parofx.rotate.default
 FAKE_QUANTIZE = torch.ops.parofx.fake_quantize.default
 INT4_LINEAR = torch.ops.parofx.int4_linear.default
@@ -33,6 +35,9 @@ SEMANTIC = frozenset(
         RMSNORM_ROTATE, SILU_MUL_ROTATE, INT4_SIBLINGS,
     }
 )  # fmt: skip
+
+#: Metadata of a parameter that stays float whatever reads it: the `FloatReason`.
+STAYS_FLOAT = "parofx_stays_float"
 
 _BINDING = "parofx_binding"
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
@@ -79,6 +84,13 @@ def weight_binding(node: object) -> tuple[Binding, bool] | None:
     transposed = isinstance(node, Node) and node.target is TRANSPOSE
     bound = binding(node.args[0] if transposed and isinstance(node, Node) else node)
     return None if bound is None else (bound, transposed)
+
+
+def parameter_node(weight: Node) -> Node:
+    """Return the parameter that a linear's weight reads, transposed or not."""
+    source = weight.args[0] if weight.target is TRANSPOSE else weight
+    assert isinstance(source, Node)
+    return source
 
 
 def get_attribute(root: nn.Module | None, path: str) -> Any:

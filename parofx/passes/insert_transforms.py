@@ -23,6 +23,7 @@ from parofx.passes.linears import (
     LinearUnit,
     Selection,
     choose_group_sizes,
+    find_attention_weights,
     find_embeddings,
     find_units,
     find_weight_stacks,
@@ -37,13 +38,15 @@ from parofx.report import FloatLinear, FloatReason
 class InsertTransforms:
     """Insert a rotation and its inverse around every linear that can be quantized.
 
-    `output_heads` names modules to treat as output head besides those found from embedding tables; with
-    `replace_modules` a linear stays float unless a module can be put in its place.
+    `output_heads` names modules to treat as output head besides those found from embedding tables, and `embeddings`
+    are tables besides those the graph looks up; with `replace_modules` a linear stays float unless a module can be put
+    in its place.
     """
 
     config: ParoConfig = field(default_factory=ParoConfig)
     output_heads: tuple[str, ...] = ()
     replace_modules: bool = False
+    embeddings: tuple[torch.Tensor, ...] = ()
 
     name: ClassVar[str] = "insert_transforms"
     consumes: ClassVar[tuple[Stage, ...]] = (Stage.FLOAT,)
@@ -71,11 +74,14 @@ class InsertTransforms:
         self, gm: GraphModule, blocks: tuple[str, ...]
     ) -> tuple[list[LinearUnit], list[FloatLinear], dict[str, int]]:
         """Return the units to transform, the linears that stay float with their reasons, and the group sizes."""
-        embeddings, units = find_embeddings(gm), find_units(gm)
+        looked_up, units = find_embeddings(gm), find_units(gm)
+        embeddings = (*looked_up, *self.embeddings)
         selection = Selection(self.config, blocks, embeddings, self.output_heads, self.replace_modules)
         kept = [FloatLinear(name, FloatReason.WEIGHT_NOT_MATRIX) for name in find_weight_stacks(gm)]
+        inside = "it is inside one call of multi_head_attention_forward"
+        kept += [FloatLinear(name, FloatReason.FUNCTIONAL, inside) for name in find_attention_weights(gm)]
         if self.config.lm_head != "float":
-            name_tied_heads(units, embeddings)
+            name_tied_heads(units, looked_up)
         chosen = []
         for unit in units:
             reason = selection.why_not(unit)

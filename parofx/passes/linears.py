@@ -15,11 +15,13 @@ from parofx.passes.blocks import block_of
 from parofx.passes.graph import (
     EMBEDDING,
     LINEAR,
+    STAYS_FLOAT,
     Binding,
     binding,
     module_stack,
     nodes_calling,
     operator_name,
+    parameter_node,
     weight_binding,
 )
 from parofx.passes.whole_modules import is_module
@@ -58,6 +60,13 @@ class LinearUnit:
             return self.module + self.suffix
         module, _, attribute = self.weight.fqn.rpartition(".")
         return (module if attribute == "weight" and module else self.weight.fqn) + self.suffix
+
+    @property
+    def stays_float(self) -> FloatReason | None:
+        """Why it stays float whatever the graph says of it, or None."""
+        weight = self.calls[0].args[1]
+        assert isinstance(weight, Node)
+        return parameter_node(weight).meta.get(STAYS_FLOAT)
 
     @property
     def in_features(self) -> int:
@@ -118,6 +127,14 @@ def find_weight_stacks(gm: GraphModule) -> list[str]:
     return list(names)
 
 
+def find_attention_weights(gm: GraphModule) -> list[str]:
+    """Return the names of matrices that one opaque attention call reads; Dynamo does not look inside it."""
+    calls = nodes_calling(gm.graph, torch.nn.functional.multi_head_attention_forward)
+    bound = [binding(argument) for call in calls for argument in call.all_input_nodes]
+    units = [LinearUnit(one, transposed=False) for one in bound if one is not None and one.tensor.dim() == 2]
+    return list(dict.fromkeys(unit.name for unit in units))
+
+
 @dataclass(frozen=True)
 class Selection:
     """Decides which units stay float; pure, so that its answer can be asked before anything changes.
@@ -137,6 +154,8 @@ class Selection:
         pattern = next((one for one in self.config.modules_to_not_convert if matches(unit.name, one)), None)
         if pattern is not None:
             return FloatReason.EXCLUDED, f"matches {pattern!r}"
+        if unit.stays_float is FloatReason.LEFT_FLOAT:
+            return FloatReason.LEFT_FLOAT, ""
         if self.config.lm_head == "float" and self._is_output_head(unit):
             return FloatReason.OUTPUT_HEAD, ""
         if any(_selects_experts(call) for call in unit.calls):
@@ -150,7 +169,7 @@ class Selection:
         return None
 
     def _is_output_head(self, unit: LinearUnit) -> bool:
-        if unit.name in self.output_heads:
+        if unit.name in self.output_heads or unit.stays_float is FloatReason.OUTPUT_HEAD:
             return True
         if any(block_of(call, self.blocks) for call in unit.calls):
             return False

@@ -98,8 +98,9 @@ def place_siblings(gm: GraphModule) -> None:
 
     Not done while a compiler holds on to the old memory's offsets.
     """
-    for place in gm.meta.pop("parofx_placements", ()):
-        place()
+    with torch._C._DisableAutocast():
+        for place in gm.meta.pop("parofx_placements", ()):
+            place()
 
 
 def sibling_call(

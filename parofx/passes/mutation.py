@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from parofx.passes.graph import LINEAR, ROTATE, inherit_meta, writes
+from parofx.passes.graph import CAST, LINEAR, ROTATE, inherit_meta, writes
 
 aten = torch.ops.aten
 #: The readers that passes share or move.
-_READERS = frozenset({LINEAR, ROTATE, aten.view.default, aten.reshape.default})
+_READERS = frozenset({CAST, LINEAR, ROTATE, aten.view.default, aten.reshape.default})
 
 
 def written_inputs(node: Node) -> list[Node]:

@@ -6,6 +6,7 @@ placeholders. After this pass both have
 - every product with a parameter matrix as `aten.linear(x, weight, bias)`: `F.linear`, `addmm`, `mm` and `matmul`;
 - `weight` a parameter node, or `aten.t` of one where the parameter is stored `(K, N)` as in `Conv1D`;
 - parameters bound to real tensors and names (`passes.graph.binding`);
+- autocast's cast of a linear's input written out, one node for equal ones: what a linear returns has its input's dtype;
 - `ParoLinear`'s operator split into `parofx.rotate` and `parofx.int4_linear`, one `rotate` for equal arguments; where
   the module holds a kernel's layout, on tensors that conversions unpack (`passes/layouts.py`).
 """
@@ -21,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.graph import (
+    CAST,
     INT4_LINEAR,
     INT4_SIBLINGS,
     LINEAR,
@@ -79,6 +81,7 @@ class Normalize:
                 _rewrite(gm, node, operands)
                 report.changed += 1
         report.changed += expand(gm)
+        report.changed += _write_casts(gm)
         for node in nodes_calling(gm.graph, ROTATE_INT4_LINEAR):
             _split_rotation(gm, node)
             report.changed += 1
@@ -197,6 +200,22 @@ def _rewrite(gm: GraphModule, node: Node, operands: _Operands) -> None:
     gm.graph.erase_node(node)
 
 
+def _write_casts(gm: GraphModule) -> int:
+    """Write out what autocast does to the inputs of linears: passes and providers go by an input's dtype."""
+    written = 0
+    for node in nodes_calling(gm.graph, LINEAR, ROTATE_INT4_LINEAR, INT4_LINEAR):
+        x = node.args[0]
+        given, result = x.meta.get("val") if isinstance(x, Node) else None, node.meta.get("val")
+        if not isinstance(given, torch.Tensor) or not isinstance(result, torch.Tensor) or given.dtype == result.dtype:
+            continue
+        with gm.graph.inserting_before(node):
+            cast = gm.graph.call_function(CAST, (x, result.dtype))
+        inherit_meta(cast, node).meta["val"] = given.to(result.dtype)
+        node.args = (cast, *node.args[1:])
+        written += 1
+    return written
+
+
 def _split_rotation(gm: GraphModule, node: Node) -> None:
     x, pairs, theta, channel_scales, *packed, group_size = node.args
     with gm.graph.inserting_before(node):
@@ -229,7 +248,7 @@ def _content(node: Node) -> Any:
     """Return a key that is equal for nodes of equal value, or None for those that are never shared."""
     if node.op == "get_attr":
         return "get_attr", node.target
-    if (node.target in (ROTATE, TRANSPOSE) or is_conversion(node)) and not node.kwargs:
+    if (node.target in (ROTATE, TRANSPOSE, CAST) or is_conversion(node)) and not node.kwargs:
         return node.target, *node.args
     value = node.meta.get("val")
     if operator_name(node) in _VIEWS and node.op != "placeholder" and isinstance(value, torch.Tensor):

@@ -17,6 +17,7 @@ from parofx.api import convert, lower, prepare
 from parofx.passes import InsertTransforms
 from parofx.passes.blocks import find_blocks
 from parofx.passes.capture import capture
+from parofx.passes.graph import STAYS_FLOAT, binding
 from parofx.passes.linears import choose_group_sizes, find_units, group_siblings, matches
 from parofx.passes.transforms import find_transforms
 from parofx.report import FloatLinear, FloatReason
@@ -183,6 +184,15 @@ class TestFloatReasons:
         forward = Model(lambda m, x: m.inner["used"](x), inner=model)
         report = parofx.quantize(forward, graphs.config(), example_inputs=graphs.rows(3, 64), progress=False)
         assert report.kept_float == (FloatLinear("inner.unused", FloatReason.NOT_REACHED),)
+
+    def test_left_float(self) -> None:
+        """The backend says so of a parameter; see `tests/test_kept_float.py`."""
+        model = Model(lambda m, x: m.b(m.a(x)), a=graphs.linear(), b=graphs.linear(seed=1)).eval()
+        captured = graphs.enter("dynamo", model, graphs.rows(3, 64))
+        weight = next(node for node in captured.gm.graph.nodes if (bound := binding(node)) and bound.fqn == "b.weight")
+        weight.meta[STAYS_FLOAT] = FloatReason.LEFT_FLOAT
+        assert kept(captured.gm) == [FloatLinear("b", FloatReason.LEFT_FLOAT)]
+        assert quantized(captured.gm) == ["a"]
 
     def test_every_reason_has_a_case(self) -> None:
         cases = {name for name in dir(self) if name.startswith("test_")}

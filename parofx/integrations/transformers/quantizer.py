@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from parofx import integrations
+from parofx import integrations, kept_float
 from parofx.checkpoint import files, layout, skeleton
 from parofx.errors import CheckpointError, ConfigError, one_per_line
 from parofx.integrations.transformers import keys
@@ -129,6 +129,7 @@ class ParoHfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise CheckpointError(f"the checkpoint holds impossible values:\n{one_per_line(problems)}")
         layout.share_rotations(linears.values())
         layout.pack(linears.values())
+        kept_float.mark(model)
         return model
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
