@@ -32,6 +32,7 @@ def _fresh_dynamo():
         ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
         ("torch._guards", "ChainedSource"),
         ("torch._dynamo.source", "is_from_unspecialized_nn_module_source"),
+        ("torch._library.custom_ops", "CustomOpDef"),
         ("torch._inductor", "list_mode_options"),
         ("torch._inductor.compile_fx", "compile_fx"),
         ("torch.fx.passes.split_module", "split_module"),
