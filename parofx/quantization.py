@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 import resource
@@ -78,6 +79,7 @@ def quantize(
         raise ConfigError(f"config must be a ParoConfig, got {type(config).__name__}; build it with ParoConfig(...)")
     if any(isinstance(module, ParoLinear) for module in model.modules()):
         raise ConfigError("the model holds ParoLinear modules already; parofx.dequantize(model) gives float ones back")
+    _check_patterns(model, config)
     batches = None if calibration is None else _batches(model, config, calibration, tokenizer)
     inputs = _example_inputs(model, example_inputs, batches)
     if batches is not None and isinstance(inputs, tuple):
@@ -107,16 +109,24 @@ def quantize(
         for module in modules.values():
             module.pack_()
         _write_back(model, modules)
-    _warn(model, report)
+    _warn(report)
     return report
 
 
-def _warn(model: nn.Module, report: QuantizationReport) -> None:
-    """Say what is legal and still hardly meant."""
-    names = [*(name for name, _ in model.named_modules()), *(one.name for one in report.kept_float)]
-    for pattern in report.config.modules_to_not_convert:
+def _check_patterns(model: nn.Module, config: ParoConfig) -> None:
+    """Refuse an exclusion that excludes nothing, before the work rather than after it."""
+    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    for pattern in config.modules_to_not_convert:
         if not any(matches(name, pattern) for name in names):
-            logger.warning("modules_to_not_convert: no module matches %r", pattern)
+            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+            raise ConfigError(
+                f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}"
+                + (f"; the closest names are {', '.join(close)}" if close else "")
+            )
+
+
+def _warn(report: QuantizationReport) -> None:
+    """Say what is legal and still hardly meant."""
     if not report.linears:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons().items())
         logger.warning(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
+from parofx.errors import ConfigError
+
 if TYPE_CHECKING:
     from parofx.models import LoadedModel
 
@@ -69,6 +71,10 @@ def load(
 
         from parofx.models import LoadedModel, load_model
 
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; use --device cpu")
         logging.disable_progress_bar()  # two at a time would overwrite each other
         loaded = load_model(
             source,
@@ -77,8 +83,6 @@ def load(
             local_files_only=offline,
             trust_remote_code=trust_remote_code,
         )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         return LoadedModel(loaded.model.to(device), loaded.tokenizer)
 
 

@@ -56,7 +56,9 @@ def generate(
         if not inputs["input_ids"].numel():
             raise DataError(f"the prompt {text!r} holds no token: give some text, or a model that starts with one")
         started = time.perf_counter()
-        output = generate_tokens(**inputs, **options)
+        waiting = "generating; the first time decoding is compiled (--no-compile starts at once) …"
+        with errors_console.status(waiting if compile else "generating …"):
+            output = generate_tokens(**inputs, **options)
         seconds = time.perf_counter() - started
         new = output[0, inputs["input_ids"].shape[1] :]
         console.rule(text, align="left")

@@ -135,3 +135,20 @@ def test_an_empty_prompt_is_refused(run: Run, files: Files) -> None:
     status, output, _ = run("generate", files.paro, "-p", "", "--no-chat", "--no-compile")
     assert status == 2
     assert "the prompt '' holds no token" in output
+
+
+def test_a_device_that_is_not_there_is_refused_before_loading(
+    run: Run, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("parofx.models.load_model", lambda *args, **options: pytest.fail("loading has begun"))
+    status, output, _ = run("explain", files.float_model, "--device", "cuda")
+    assert status == 2
+    assert "finds no CUDA device; use --device cpu" in output.replace("\n", " ")
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "parofx", "passes", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "parofx passes" in done.stdout

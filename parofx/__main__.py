@@ -1,0 +1,5 @@
+"""`python -m parofx` is the command `parofx`."""
+
+from parofx.cli import main
+
+main()
