@@ -56,7 +56,7 @@ def test_reasons_are_counted(report):
 
 
 def test_reasons_are_closed_and_distinct():
-    assert len({reason.value for reason in FloatReason}) == len(FloatReason) == 9
+    assert len({reason.value for reason in FloatReason}) == len(FloatReason) == 10
 
 
 def test_str_is_one_line_with_the_counts(report):

@@ -56,7 +56,8 @@ def test_a_computed_bias_is_added_behind() -> None:
 
     model = graphs.Model(forward, a=graphs.linear(), w=graphs.matrix(64, 64, seed=2)).bfloat16()
     x = graphs.rows(3, 64).bfloat16()
-    assert lower(converted(model, x), x) == {"parofx.triton_rotate_int4_linear.default": 1}
+    # The bias is computed behind the first product, so that the two are not one call.
+    assert lower(converted(model, x), x) == {"parofx.triton_rotate_int4_linear.default": 2}
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -5,13 +5,13 @@ import pytest
 from parofx.testing.interpreter import is_interpreting
 
 pytest.importorskip("triton")
-if is_interpreting():
-    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 from parofx.testing.aot import SHARED_LIMITS, TARGET_NAMES, CompiledKernel, compile_kernel
 from parofx.triton_ops.producer_tiles import gate_tiles, norm_tiles
 from parofx.triton_ops.rmsnorm_rotate import rmsnorm_rotate_kernel
 from parofx.triton_ops.silu_mul_rotate import silu_mul_rotate_kernel
+
+pytestmark = pytest.mark.skipif(is_interpreting(), reason="interpreted kernels cannot be compiled")
 
 #: 40 registers let 48 warps live on a processor; the two barriers are those of the sum over the row.
 NORM_REGISTERS, NORM_BARRIERS = 40, 2
