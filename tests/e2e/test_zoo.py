@@ -28,9 +28,10 @@ REWRITE = 1e-5
 FP32 = 1e-4
 #: Stages in bf16, which has 8 bits.
 BF16 = 1e-2
-#: Where the float model in bf16 is that far from fp64 itself: Gemma 3 scales its embeddings and norms by large numbers,
-#: and one of Mixtral's tokens lies so near a tie of its router that it goes to another expert.
-BF16_OF = {"gemma3": 1.5e-2, "mixtral": 6e-2}
+#: Where the float model in bf16 is that far from fp64 itself: Gemma 3 scales its embeddings and norms by large numbers.
+BF16_OF = {"gemma3": 1.5e-2}
+#: Tokens so near a tie of their router that bf16 may send them to another expert; the rest must agree as everywhere.
+REROUTED = {"mixtral": 1}
 
 CONFIG = ParoConfig(calibration=CalibrationConfig(steps=3))
 
@@ -146,16 +147,23 @@ def test_bfloat16_lowers_from_the_quantized_model(case):
     tolerance = BF16_OF.get(case.name, BF16)
     reference = run(reference_model(case.model, case.quantized, dtype), wide)
     quantized = copy.deepcopy(case.quantized).to(dtype)
-    assert relative_error(run(quantized, inputs), reference) < tolerance
+
+    def error(found: Tensor, expected: Tensor) -> float:
+        found, expected = found.flatten(0, -2), expected.flatten(0, -2)
+        by_token = (found.double() - expected.double()).norm(dim=-1)
+        counted = by_token.argsort()[: len(by_token) - REROUTED.get(case.name, 0)]
+        return relative_error(found[counted], expected[counted])
+
+    assert error(run(quantized, inputs), reference) < tolerance
 
     gm = parofx.capture(quantized, inputs)
     assert stage_of(gm) == "CONVERTED"
     converted = run(gm, inputs)
-    assert relative_error(converted, reference) < tolerance
+    assert error(converted, reference) < tolerance
     parofx.lower(gm)
     lowered = run(gm, inputs)
-    assert relative_error(lowered, reference) < tolerance
-    assert relative_error(lowered, converted) < tolerance
+    assert error(lowered, reference) < tolerance
+    assert error(lowered, converted) < tolerance
 
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:
