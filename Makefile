@@ -19,8 +19,8 @@ INDEX_OPTION := $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
 TORCH_INDEX_OPTION := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),$(INDEX_OPTION))
 # Paths to check and format.
 SOURCES := parofx tests benchmarks
-# One file per question; files that begin with an underscore serve the others. `gpu` needs one.
-BENCHMARKS := $(filter-out demo gpu _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
+# One file per question; files that begin with an underscore serve the others. `gpu` and `gpu_model` need one.
+BENCHMARKS := $(filter-out demo gpu gpu_model _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test test-aot demo bench clean

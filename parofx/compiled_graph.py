@@ -69,9 +69,7 @@ class CompiledGraph:
         for node in nodes:
             if node not in read:
                 lowered.graph.erase_node(node)
-        if hasattr(lowered, "_param_name_to_source"):
-            # It describes Dynamo's inputs, of which some are gone and some are ours.
-            del lowered._param_name_to_source
+        _describe_inputs(lowered, source, self._kept)
         if not differentiable:
             _stay_without_grad(lowered)
         lowered.recompile()
@@ -122,7 +120,12 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     graph = Graph()
     output = graph.graph_copy(gm.graph, {})
     graph.output(output)
-    return GraphModule(gm, graph)
+    copied = GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    for node, original in zip(placeholders(copied), placeholders(gm), strict=True):
+        if hasattr(original, "_dynamo_source"):
+            node._dynamo_source = original._dynamo_source
+    return copied
 
 
 def _lift_constants(gm: GraphModule) -> dict[str, Tensor]:
@@ -143,6 +146,24 @@ def _lift_constants(gm: GraphModule) -> dict[str, Tensor]:
         gm.graph.erase_node(node)
         delete_attribute(gm, str(node.target))
     return constants
+
+
+def _describe_inputs(lowered: GraphModule, source: GraphModule, kept: Sequence[int]) -> None:
+    """Tell AOTAutograd of the inputs what Dynamo would: where its own come from, and that packed tensors stay.
+
+    CUDA graphs read what stays where it lies, instead of copying it at every call; if it moves, as when parameters
+    change, Inductor records anew.
+    """
+    if "dynamo_compile_id" not in source.meta:
+        return
+    lowered.meta["dynamo_compile_id"] = source.meta["dynamo_compile_id"]
+    lowered._param_name_to_source = {}  # type: ignore[assignment]
+    nodes, known = placeholders(lowered), placeholders(source)
+    for node, index in zip(nodes, kept, strict=False):
+        node._dynamo_source = getattr(known[index], "_dynamo_source", None)
+    for node in nodes[len(kept) :]:
+        node._dynamo_source = None
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "guarded"}
 
 
 def _stay_without_grad(gm: GraphModule) -> None:

@@ -103,7 +103,7 @@ def _triton_checks(device: torch.device) -> Iterator[KernelCheck]:
     from parofx.triton_ops import verification
     from parofx.triton_ops.cost_model import KERNEL_TILES
     from parofx.triton_ops.launch import uses_ptx
-    from parofx.triton_ops.tiles import FusedTiles, LinearTiles, RotateTiles
+    from parofx.triton_ops.tiles import DequantizeTiles, FusedTiles, LinearTiles, RotateTiles
 
     ptx = uses_ptx(device)
     for row in _rows(device):
@@ -125,6 +125,12 @@ def _triton_checks(device: torch.device) -> Iterator[KernelCheck]:
                     kernel = verification.int4_linear(some, ptx=not portable)
                     label = f"{name} split_k={split_k}{' portable' if portable else ''}"
                     yield _check(label, check_int4_linear, kernel, cases, NARROW_OPERANDS)
+        elif isinstance(tiles, DequantizeTiles):
+            for portable in (False, True) if ptx else (True,):
+                kernel = verification.int4_linear(tiles, ptx=not portable)
+                cases = linear_cases(max_words=40, **narrowed)
+                label = f"{name}{' portable' if portable else ''}"
+                yield _check(label, check_int4_linear, kernel, cases, NARROW_OPERANDS)
         elif isinstance(tiles, FusedTiles):
             fused = rotate_linear_cases(max_words=40, **narrowed)
             for siblings in (1, 3):

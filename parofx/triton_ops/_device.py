@@ -54,12 +54,6 @@ DEQUANTIZE_BF16 = tl.constexpr("""
 """)
 
 
-PREFETCH_L2 = tl.constexpr("""
-    prefetch.global.L2 [$1];
-    mov.b32 $0, 0;
-""")
-
-
 @triton.jit
 def load_in_first_order(x_ptrs, coefficient_ptrs, order_ptrs, mask):
     """Load rows of channel groups in the order of the first round, scaled: fp32 `[ROWS, GROUP]`.
@@ -231,10 +225,3 @@ def last_to_arrive(partial_ptrs, partial, mask, lock_ptr, splits):
     if last:
         tl.store(lock_ptr, 0)
     return last
-
-
-@triton.jit
-def prefetch_l2(ptrs):
-    """Ask for the cache lines at these addresses to be brought to L2; NVIDIA only."""
-    # An instruction without a result must still return something.
-    tl.inline_asm_elementwise(PREFETCH_L2, "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from parofx.testing.aot import CompiledKernel, compile_kernel
+from parofx.triton_ops.dequantize import dequantize_kernel
 from parofx.triton_ops.int4_linear import int4_linear_kernel
 from parofx.triton_ops.rotate import rotate_kernel
 from parofx.triton_ops.rotate_dense import rotate_dense_kernel, rotation_matrices_kernel
 from parofx.triton_ops.rotate_int4_linear import rotate_int4_linear_kernel
-from parofx.triton_ops.tiles import DenseTiles, FusedTiles, LinearTiles, RotateTiles, padded_rows
+from parofx.triton_ops.tiles import (
+    DenseTiles,
+    DequantizeTiles,
+    FusedTiles,
+    LinearTiles,
+    RotateTiles,
+    operand_slots,
+    padded_rows,
+)
 
 _POINTERS = {
     "words_ptr": "*i16",
@@ -22,7 +31,7 @@ _POINTERS = {
     "partials_ptr": "*fp32",
     "locks_ptr": "*i32",
 }
-_SIZES = ("M", "N", "K", "stride_xm", "stride_xs", "n_end_0", "n_end_1", "n_end_2")
+_SIZES = ("M", "N", "K", "stride_xm", "stride_xs", "n_end_0", "n_end_1", "n_end_2", "start", "end")
 #: Sizes that are multiples of 16 in every model; M is anything, and is never specialized on.
 _DIVISIBLE = tuple(name for name in _SIZES if name != "M")
 
@@ -51,7 +60,7 @@ class Variant:
 
 
 def compile_tiles(
-    tiles: RotateTiles | DenseTiles | LinearTiles | FusedTiles, arch: str, variant: Variant
+    tiles: RotateTiles | DenseTiles | LinearTiles | DequantizeTiles | FusedTiles, arch: str, variant: Variant
 ) -> CompiledKernel:
     """Return the kernel of some tiles, compiled for an architecture.
 
@@ -67,8 +76,12 @@ def compile_tiles(
         constants = linear | {"GROUP": variant.group_size, "EVEN_K": True, "SWAP_AB": tiles.swap_ab}
         blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
         return _compile(int4_linear_kernel, constants | blocks, tiles, arch, variant)
+    if isinstance(tiles, DequantizeTiles):
+        constants = {"GROUP": variant.group_size, "EVEN_K": True, "BLOCK_N": tiles.block_n, "PTX": ptx}
+        return _compile(dequantize_kernel, constants, tiles, arch, variant)
     if isinstance(tiles, FusedTiles):
         blocks = {"ROWS": padded_rows(variant.tokens), "BLOCK_N": tiles.block_n, "SLICE": tiles.slice_tiles}
+        blocks |= {"SLOTS": operand_slots(ptx=not arch.startswith("gfx"))}
         return _compile(rotate_int4_linear_kernel, linear | rotation | blocks, tiles, arch, variant)
     return _compile(rotate_dense_kernel, rotation | {"BLOCK_M": tiles.block_m}, tiles, arch, variant)
 

@@ -6,15 +6,19 @@ come first. Nothing is timed when a model runs.
 
 The placement of the rotation is chosen by estimated time, the sum over launches of
 
-    LAUNCH_US + max(bytes / bandwidth, instructions / issue rate, 2·M·N·K / tensor rate) · waves
+    fixed time + max(bytes / bandwidth, instructions / issue rate, 2·M·N·K / tensor rate) · waves
 
-`waves` rounds programs up to whole rounds of the card's processors. Estimates rank placements; they promise nothing.
+`waves` rounds programs up to whole rounds of the card's processors. Fixed times, and the shares of a card's bandwidth
+and tensor rate that are reached, were measured on an H100 (`benchmarks.gpu`). Estimates rank placements; they promise
+nothing.
 
 | placement | launches | for |
 |-|-|-|
 | `fused` | `rotate_int4_linear` | up to 4 tokens |
-| `gather` | `rotate`, `int4_linear` | some tokens |
-| `dense` | `rotation_matrices`, `rotate_dense`, `int4_linear` | many tokens |
+| `gather` | `rotate`, product | some tokens |
+| `dense` | `rotation_matrices`, `rotate_dense`, product | many tokens |
+
+The product is `int4_linear`, or for hundreds of tokens `dequantize` and the device's own matrix product.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from parofx.triton_ops.tiles import (
     MAX_FUSED_TOKENS,
     OPERAND_ROWS,
     DenseTiles,
+    DequantizeTiles,
     FusedTiles,
     LinearTiles,
     RotateTiles,
@@ -42,17 +47,27 @@ from parofx.triton_ops.tiles import (
 )
 
 Placement = Literal["fused", "gather", "dense"]
-Tiles = RotateTiles | DenseTiles | LinearTiles | FusedTiles
+Tiles = RotateTiles | DenseTiles | LinearTiles | DequantizeTiles | FusedTiles
 
 KERNEL_TILES: Mapping[str, type[Any]] = {
     "rotate": RotateTiles,
     "rotate_dense": DenseTiles,
     "int4_linear": LinearTiles,
+    "dequantize": DequantizeTiles,
     "rotate_int4_linear": FusedTiles,
 }
 
-#: What a launch inside a CUDA graph costs on its own, µs.
-LAUNCH_US = 1.5
+#: What a small kernel inside a CUDA graph takes, µs.
+LAUNCH_US = 1.9
+#: Of a product besides its work: launch, first loads, the exchange of split-K's shares; and rotation inside it.
+LINEAR_US = 4.2
+FUSED_US = 4.8
+#: What a rotation adds to the kernel that produces its input, µs.
+PRODUCER_US = 0.9
+#: Shares of the bandwidth, and of the tensor rate in `int4_linear` and in the device's own product.
+BANDWIDTH_SHARE = 0.9
+LINEAR_TENSOR_SHARE = 0.47
+MATMUL_TENSOR_SHARE = 0.8
 #: Bytes of a weight: 4 bits and its share of a 32-bit qparams word at g = 128.
 BYTES_PER_WEIGHT = 0.5 + 4 / TILE_K
 #: Thread instructions per weight of the int4 kernels for up to 16 tokens, prologue and epilogue included.
@@ -67,6 +82,10 @@ ONCE_BYTES = 5
 _PROGRAMS_PER_PROCESSOR = 2
 _FEWEST_TILES_PER_SPLIT = 4
 _MOST_SPLITS = 8
+#: Row tiles of a launch that splits K, at most: every weight has locks for so many.
+MOST_ROW_TILES = 8
+#: For more tokens than this the fp32 shares are no longer small beside the weights.
+_FEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -96,7 +115,7 @@ class Plan:
 
     placement: Placement
     rotation: RotateTiles | DenseTiles | None
-    linear: LinearTiles | FusedTiles
+    linear: LinearTiles | DequantizeTiles | FusedTiles
 
 
 def tuned_table(arch: str) -> Path:
@@ -170,6 +189,18 @@ def choose_linear(tokens: int, in_features: int, out_features: int, arch: str) -
     return tiles
 
 
+@functools.lru_cache(maxsize=4096)
+def choose_product(tokens: int, in_features: int, out_features: int, arch: str) -> LinearTiles | DequantizeTiles:
+    """Return how rotated activations are multiplied: in one int4 kernel, or by dequantizing first."""
+    card = architecture(arch)
+    linear = choose_linear(tokens, in_features, out_features, arch)
+    if dequantize_us(tokens, in_features, out_features, card) < linear_us(
+        tokens, in_features, out_features, linear, card
+    ):
+        return DequantizeTiles(**find_row("dequantize", tokens, in_features, out_features, arch).tiles)
+    return linear
+
+
 def choose_fused(tokens: int, in_features: int, out_features: int, arch: str) -> FusedTiles:
     """Return the launch parameters of `rotate_int4_linear`."""
     return FusedTiles(**find_row("rotate_int4_linear", tokens, in_features, out_features, arch).tiles)
@@ -177,11 +208,13 @@ def choose_fused(tokens: int, in_features: int, out_features: int, arch: str) ->
 
 def choose_split(tokens: int, in_features: int, out_features: int, tiles: LinearTiles, card: Architecture) -> int:
     """Return how many programs share an output tile: a power of two, until the card is full."""
-    output_tiles = math.ceil(tokens / tiles.block_m) * math.ceil(out_features / tiles.block_n)
+    row_tiles = math.ceil(tokens / tiles.block_m)
+    output_tiles = row_tiles * math.ceil(out_features / tiles.block_n)
     tiles_k = math.ceil(in_features / TILE_K)
     split = 1
     while (
-        split < _MOST_SPLITS
+        row_tiles <= MOST_ROW_TILES
+        and split < (_MOST_SPLITS if tokens <= _FEW_TOKENS else _MOST_SPLITS // 2)
         and output_tiles * split < _PROGRAMS_PER_PROCESSOR * card.processors
         and tiles_k >= 2 * split * _FEWEST_TILES_PER_SPLIT
     ):
@@ -206,8 +239,8 @@ def plan_layer(
     """
     card = architecture(arch)
     gather = choose_rotate(tokens, in_features, arch)
-    linear = choose_linear(tokens, in_features, out_features, arch)
-    product = linear_us(tokens, in_features, out_features, linear, card)
+    linear = choose_product(tokens, in_features, out_features, arch)
+    product = product_us(tokens, in_features, out_features, linear, card)
     plans: list[tuple[float, Plan]] = []
     if tokens <= MAX_FUSED_TOKENS:
         fused = choose_fused(tokens, in_features, out_features, arch)
@@ -242,16 +275,35 @@ def dense_us(tokens: int, in_features: int, group_size: int, krot: int, card: Ar
     return rotate_us(group_size, in_features, group_size, krot, card, rotations) + LAUNCH_US + busy
 
 
+def product_us(
+    tokens: int, in_features: int, out_features: int, tiles: LinearTiles | DequantizeTiles, card: Architecture
+) -> float:
+    """Return the estimated time of what `choose_product` chose, µs."""
+    if isinstance(tiles, DequantizeTiles):
+        return dequantize_us(tokens, in_features, out_features, card)
+    return linear_us(tokens, in_features, out_features, tiles, card)
+
+
+def dequantize_us(tokens: int, in_features: int, out_features: int, card: Architecture) -> float:
+    """Return the estimated time of `dequantize` and the device's own product, µs."""
+    weights = in_features * out_features
+    written = _transfer_us((BYTES_PER_WEIGHT + 2) * weights, card)
+    products = 2 * tokens * weights / card.tensor_tflops / 1e6 / MATMUL_TENSOR_SHARE
+    read = _transfer_us(2 * weights + 2 * tokens * (in_features + out_features), card)
+    return LAUNCH_US + LINEAR_US + written + max(products, read)
+
+
 def linear_us(tokens: int, in_features: int, out_features: int, tiles: LinearTiles, card: Architecture) -> float:
     """Return the estimated time of `int4_linear`, µs."""
     rows = math.ceil(tokens / tiles.block_m)
     programs = rows * math.ceil(out_features / tiles.block_n) * tiles.split_k
     weights = in_features * out_features
     moved = BYTES_PER_WEIGHT * weights + 2 * tokens * (in_features + out_features)
-    return LAUNCH_US + max(
+    products = 2 * rows * tiles.block_m * weights / card.tensor_tflops / 1e6 / LINEAR_TENSOR_SHARE
+    return LINEAR_US + max(
         _transfer_us(moved, card),
         rows * weights * LINEAR_INSTRUCTIONS / card.issue_rate * _waves(programs, card),
-        2 * rows * tiles.block_m * weights / card.tensor_tflops / 1e6 * _waves(programs, card),
+        products * _waves(programs, card),
     )
 
 
@@ -263,10 +315,11 @@ def fused_us(
     programs = columns * math.ceil(in_features / TILE_K / tiles.slice_tiles)
     weights = in_features * out_features
     moved = BYTES_PER_WEIGHT * weights + 2 * tokens * (in_features + out_features) + rotation_bytes(in_features, krot)
-    # Every column of programs rotates all of x.
+    # Every column of programs rotates all of x, and loads weights only then.
     lines = columns * padded_rows(tokens) * in_features / group_size
-    instructions = weights * LINEAR_INSTRUCTIONS + lines * 32 * rotate_instructions(group_size, krot)
-    return LAUNCH_US + max(_transfer_us(moved, card), instructions / card.issue_rate * _waves(programs, card))
+    rotating = lines * 32 * rotate_instructions(group_size, krot) / card.issue_rate
+    issued = weights * LINEAR_INSTRUCTIONS / card.issue_rate * _waves(programs, card)
+    return FUSED_US + rotating + max(_transfer_us(moved, card), issued)
 
 
 def rotation_bytes(in_features: int, krot: int) -> int:
@@ -281,7 +334,7 @@ def rotate_instructions(group_size: int, krot: int) -> float:
 
 
 def _transfer_us(moved: float, card: Architecture) -> float:
-    return moved / card.bandwidth_gbs / 1e3
+    return moved / card.bandwidth_gbs / BANDWIDTH_SHARE / 1e3
 
 
 def _waves(programs: int, card: Architecture) -> float:

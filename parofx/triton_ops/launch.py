@@ -14,22 +14,22 @@ from torch import Tensor
 
 from parofx.triton_ops import cost_model
 from parofx.triton_ops.architectures import architecture_of
+from parofx.triton_ops.dequantize import dequantize_linear as launch_dequantize_linear
 from parofx.triton_ops.int4_linear import int4_linear as launch_int4_linear
 from parofx.triton_ops.layout import PackedRotation, PackedWeight
 from parofx.triton_ops.rotate import rotate as launch_rotate
 from parofx.triton_ops.rotate_dense import rotate_dense as launch_rotate_dense
 from parofx.triton_ops.rotate_int4_linear import rotate_int4_linear as launch_rotate_int4_linear
 from parofx.triton_ops.siblings import MAX_ROTATIONS
-from parofx.triton_ops.tiles import DenseTiles, FusedTiles, LinearTiles
+from parofx.triton_ops.tiles import DenseTiles, DequantizeTiles, FusedTiles, LinearTiles
 
-#: The least block_n of any launch table, and the most row tiles of a launch that splits K: what locks must suffice for.
+#: The least block_n of any launch table.
 _FEWEST_COLUMNS = 64
-_MOST_ROW_TILES = 8
 
 
 def make_locks(out_features: int, device: torch.device) -> Tensor:
     """Return what every packed weight of N columns needs besides: int32 zeros, for split-K."""
-    tiles = (-(-out_features // _FEWEST_COLUMNS) + MAX_ROTATIONS) * _MOST_ROW_TILES
+    tiles = (-(-out_features // _FEWEST_COLUMNS) + MAX_ROTATIONS) * cost_model.MOST_ROW_TILES
     return torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
@@ -58,8 +58,8 @@ def int4_linear(
         locks: what `make_locks` returned.
     """
     _, tokens, channels = x.shape
-    tiles = cost_model.choose_linear(max(tokens, 1), channels, weight.words.shape[1], architecture_of(x.device))
-    return launch_int4_linear(x, weight, bias, ends, group_size, locks, tiles, ptx=uses_ptx(x.device))
+    tiles = cost_model.choose_product(max(tokens, 1), channels, weight.words.shape[1], architecture_of(x.device))
+    return _product(tiles, x, weight, bias, ends, group_size, locks)
 
 
 def rotate_int4_linear(
@@ -108,13 +108,27 @@ def run_plan(
     if isinstance(plan.linear, FusedTiles):
         return launch_rotate_int4_linear(rows, rotation, weight, bias, ends, locks, plan.linear, ptx=ptx)
     assert plan.rotation is not None
-    assert isinstance(plan.linear, LinearTiles)
     if isinstance(plan.rotation, DenseTiles):
         rotated = launch_rotate_dense(rows, rotation, plan.rotation)
     else:
         rotated = launch_rotate(rows, rotation, plan.rotation)
-    group_size = rotation.order.shape[-1]
-    return launch_int4_linear(rotated, weight, bias, ends, group_size, locks, plan.linear, ptx=ptx)
+    return _product(plan.linear, rotated, weight, bias, ends, rotation.order.shape[-1], locks)
+
+
+def _product(
+    tiles: LinearTiles | DequantizeTiles,
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    ends: Sequence[int],
+    group_size: int,
+    locks: Tensor,
+) -> Tensor:
+    """Multiply rotated activations `x (S, M, K)` as the cost model chose."""
+    ptx = uses_ptx(x.device)
+    if isinstance(tiles, DequantizeTiles):
+        return launch_dequantize_linear(x, weight, bias, ends, group_size, tiles, ptx=ptx)
+    return launch_int4_linear(x, weight, bias, ends, group_size, locks, tiles, ptx=ptx)
 
 
 def as_rows(x: Tensor) -> Tensor:

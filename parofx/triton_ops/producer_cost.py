@@ -6,8 +6,8 @@ kernel with it, as where a norm follows a norm: a launch for each. By estimate, 
 
 | tokens | placement without it | rotation in the producer |
 |-|-|-|
-| 1 | inside the product | no: hidden under the weights there |
-| 4 | inside the product | yes |
+| 1 | inside the product | yes: there every column of programs rotates |
+| 4 | inside the product or a kernel of its own | yes |
 | 16 | a kernel of its own | yes: one launch less |
 | 2048 | tensor cores, in a kernel of its own | no: gathers cost more than the launch |
 """
@@ -38,15 +38,16 @@ def why_not_in_producer(
     card = architecture(arch)
     sizes = (tokens, in_features, group_size, krot, card, rotations)
     plan = cost_model.plan_layer(tokens, in_features, out_features, group_size, krot, arch, rotations=rotations)
-    linear = cost_model.choose_linear(tokens, in_features, out_features, arch)
-    product = cost_model.linear_us(tokens, in_features, out_features, linear, card)
+    linear = cost_model.choose_product(tokens, in_features, out_features, arch)
+    product = cost_model.product_us(tokens, in_features, out_features, linear, card)
     if isinstance(plan.linear, FusedTiles):
         separate = cost_model.fused_us(tokens, in_features, out_features, group_size, krot, plan.linear, card)
     elif plan.placement == "gather":
         separate = product + cost_model.rotate_us(*sizes)
     else:
         separate = product + cost_model.dense_us(*sizes)
-    in_producer = product + cost_model.rotate_us(*sizes) + (launches - 1) * cost_model.LAUNCH_US
+    rotating = cost_model.rotate_us(*sizes) - cost_model.LAUNCH_US + cost_model.PRODUCER_US
+    in_producer = product + rotating + launches * cost_model.LAUNCH_US
     if in_producer < separate:
         return None
     return (

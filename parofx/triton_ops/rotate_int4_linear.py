@@ -8,11 +8,12 @@
 | `bias` | fp16, bf16, fp32 | `(N,)` or None |
 | `out` | x's | `(M, N)` |
 
-A program owns `SLICE` K tiles of 128 channels and `BLOCK_N` columns. It asks L2 for its weights, rotates its slice of
-x meanwhile (real rows only, once), and then multiplies. Tensor cores want 16 rows and there are at most four, so the
-other rows hold the *other K tiles of the slice*: row `t·ROWS + m` is token m in tile t. Then the operand x is loaded
-once and stays in registers, every product is taken with all tiles' rows, and of tile t's product only the rows of
-tile t are kept. At the end the rows of a token are added up.
+A program owns `SLICE` K tiles of 128 channels and `BLOCK_N` columns. It rotates its slice of x (real rows only, once)
+and then multiplies the transposed way, weights first, so that tokens are the narrow side of the tensor cores' tile.
+That has `SLOTS` slots (8 on NVIDIA, 16 on AMD) and there are at most four tokens, so the other slots hold the *other K
+tiles of the slice*: slot `t·ROWS + m` is token m in tile t. Then the operand x is made once and stays, every product is
+taken with all tiles' slots, and of tile t's product only the slots of tile t are kept. At the end the slots of a token
+are added up.
 
 Rounding: rotated activations are rounded to x's dtype, products and sums are fp32.
 """
@@ -33,13 +34,12 @@ from parofx.triton_ops._device import (
     load_in_first_order,
     load_qparams,
     locate_tile,
-    prefetch_l2,
     rotate_rows,
     scale_of,
 )
 from parofx.triton_ops.layout import TILE_K, PackedRotation, PackedWeight
 from parofx.triton_ops.siblings import check_siblings, column_tiles, inner_ends, split_buffer
-from parofx.triton_ops.tiles import FusedTiles, padded_rows
+from parofx.triton_ops.tiles import FusedTiles, operand_slots, padded_rows
 
 
 @triton.jit
@@ -55,8 +55,9 @@ def _rotated_operand(
     KROT: tl.constexpr,
     SLICE: tl.constexpr,
     ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
-    """Return the rotated slice as four operands `[16, 32]`, one per nibble, in x's dtype."""
+    """Return the rotated slice as four operands `[32, SLOTS]`, one per nibble, in x's dtype."""
     GROUPS_PER_TILE: tl.constexpr = 128 // GROUP
     # A row is one token in one channel group: (tile, token, group of the tile).
     LINES: tl.constexpr = SLICE * ROWS * GROUPS_PER_TILE
@@ -70,16 +71,12 @@ def _rotated_operand(
     v = load_in_first_order(x_ptrs, coefficients_ptr + table, order_ptr + table, inside & (token < M))
     v = rotate_rows(v, coefficients_ptr + table, order_ptr + table, LINES, GROUP, KROT, False)
     v = tl.reshape(v.to(x_ptr.dtype.element_ty), [1, SLICE * ROWS, 128])
-    # Up to 16 rows with copies, which no one looks at. The last eight are negative: were they the same, the compiler
-    # would keep them in the registers of the first eight, and copy them for every product.
-    v = tl.reshape(tl.broadcast_to(v, [16 // (SLICE * ROWS), SLICE * ROWS, 128]), [16, 128])
-    if SLICE * ROWS <= 8:
-        v = tl.where(tl.arange(0, 16)[:, None] < 8, v, -v)
-    v = tl.reshape(v, [16, 2, 2, 32])
-    low, high = tl.split(tl.permute(v, [0, 2, 3, 1]))  # [16, 2, 32], nibbles 0 1 and 2 3
+    # The slots that are left hold copies, which no one looks at.
+    v = tl.reshape(tl.broadcast_to(v, [SLOTS // (SLICE * ROWS), SLICE * ROWS, 128]), [SLOTS, 2, 2, 32])
+    low, high = tl.split(tl.permute(v, [0, 2, 3, 1]))  # [SLOTS, 2, 32], nibbles 0 1 and 2 3
     x_0, x_1 = tl.split(tl.permute(low, [0, 2, 1]))
     x_2, x_3 = tl.split(tl.permute(high, [0, 2, 1]))
-    return x_0, x_1, x_2, x_3
+    return tl.trans(x_0), tl.trans(x_1), tl.trans(x_2), tl.trans(x_3)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -107,6 +104,7 @@ def rotate_int4_linear_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLICE: tl.constexpr,
+    SLOTS: tl.constexpr,
     SPLIT: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -117,50 +115,41 @@ def rotate_int4_linear_kernel(
 
     split, splits = tl.program_id(1), tl.num_programs(1)
     rotation, n_start, n_end = locate_tile(tl.program_id(0), N, n_end_0, n_end_1, n_end_2, BLOCK_N, ROTATIONS)
-    offs_n = n_start + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+    offs_n = n_start + tl.arange(0, BLOCK_N)[:, None]  # [BLOCK_N, 1]
     # Columns beyond the end repeat the last one: no mask in the loop, and nothing of them is stored.
     columns = tl.minimum(offs_n, n_end - 1)
     tiles_k = tl.cdiv(K, 128)
     first = split * SLICE
     tiles = tl.minimum(SLICE, tiles_k - first)
-    word_ptrs = words_ptr + first.to(tl.int64) * N * 32 + (columns * 32 + tl.arange(0, 32)[:, None])
+    word_ptrs = words_ptr + first.to(tl.int64) * N * 32 + (columns * 32 + tl.arange(0, 32)[None, :])
     qparam_ptrs = qparams_ptr + first.to(tl.int64) * GROUPS_PER_TILE * N + columns
-    if PTX:
-        # A column's words of one tile are 64 bytes: one address in each half of a 128-byte line.
-        offs_tile = tl.minimum(tl.arange(0, SLICE), tiles - 1)[:, None].to(tl.int64)
-        prefetch_l2(words_ptr + (first + offs_tile) * N * 32 + columns * 32)
 
     table = rotation * (K // GROUP) * (1 + KROT) * GROUP
     x = _rotated_operand(
-        x_ptr, coefficients_ptr + table, order_ptr + table, M, K, stride_xm, first, GROUP, KROT, SLICE, ROWS
+        x_ptr, coefficients_ptr + table, order_ptr + table, M, K, stride_xm, first, GROUP, KROT, SLICE, ROWS, SLOTS
     )
-    tile_of_row = tl.arange(0, 16)[:, None] // ROWS
-    acc = tl.zeros([16, BLOCK_N], dtype=tl.float32)
+    tile_of_slot = tl.arange(0, SLOTS)[None, :] // ROWS
+    acc = tl.zeros([BLOCK_N, SLOTS], dtype=tl.float32)
     for tile in range(tiles):
         qparams = load_qparams(qparam_ptrs, N, GROUP)
         weights = dequantize(tl.load(word_ptrs), qparams, DTYPE, PTX)
         for nibble in tl.static_range(4):
             if nibble % NIBBLES_PER_GROUP == 0:
                 part = tl.zeros_like(acc)
-            part = tl.dot(x[nibble], weights[nibble], part)
+            part = tl.dot(weights[nibble], x[nibble], part)
             if (nibble + 1) % NIBBLES_PER_GROUP == 0:
                 scaled = part * scale_of(qparams[nibble])
                 if nibble >= NIBBLES_PER_GROUP:
                     scaled += acc
-                acc = tl.where(tile_of_row == tile, scaled, acc)
+                acc = tl.where(tile_of_slot == tile, scaled, acc)
         word_ptrs += N * 32
         qparam_ptrs += GROUPS_PER_TILE * N
 
-    offs_n = n_start + tl.arange(0, BLOCK_N)
-    mask = offs_n < n_end
-    token_of_row = tl.arange(0, 16)[:, None] % ROWS
-    # [ROWS, BLOCK_N]: token m is the sum of rows m, m + ROWS, …
-    offs_m = tl.arange(0, ROWS)[:, None]
-    total = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
-    for token in tl.static_range(ROWS):
-        total = tl.where(offs_m == token, tl.sum(tl.where(token_of_row == token, acc, 0.0), axis=0)[None, :], total)
-    mask = (offs_m < M) & (offs_n[None, :] < n_end)
-    offs_out = offs_m.to(tl.int64) * N + offs_n[None, :]
+    # [BLOCK_N, ROWS]: token m is the sum of slots m, m + ROWS, …; those beyond the slice are zero.
+    total = tl.sum(tl.reshape(acc, [BLOCK_N, SLOTS // ROWS, ROWS]), axis=1)
+    offs_m = tl.arange(0, ROWS)[None, :]
+    mask = (offs_m < M) & (offs_n < n_end)
+    offs_out = offs_m.to(tl.int64) * N + offs_n
     if SPLIT:
         shares = partials_ptr + offs_out
         share = split.to(tl.int64) * M * N
@@ -171,7 +160,7 @@ def rotate_int4_linear_kernel(
             total += tl.load(shares, mask=mask, other=0.0, cache_modifier=".cg")
             shares += tl.cast(M, tl.int64) * N
     if HAS_BIAS:
-        total += tl.load(bias_ptr + offs_n, mask=offs_n < n_end, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias_ptr + columns).to(tl.float32)
     tl.store(out_ptr + offs_out, total.to(DTYPE), mask=mask)
 
 
@@ -241,6 +230,7 @@ def rotate_int4_linear(
         ROWS=padded_rows(tokens),
         BLOCK_N=tiles.block_n,
         SLICE=tiles.slice_tiles,
+        SLOTS=operand_slots(ptx=ptx),
         SPLIT=split_k > 1,
         PTX=ptx,
         num_warps=tiles.num_warps,

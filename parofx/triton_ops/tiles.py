@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from parofx.errors import ConfigError
 
-#: Rows of a tensor-core operand, and the most that the fused kernel has for tokens and K tiles together.
-OPERAND_ROWS = 16
+#: The narrow side of a tensor-core product on NVIDIA: what the fused kernel has for tokens and K tiles together.
+OPERAND_ROWS = 8
+#: And on AMD, where the same launch parameters leave half of it to copies.
+_AMD_OPERAND_ROWS = 16
 #: Tokens that the fused kernel takes.
 MAX_FUSED_TOKENS = 4
 
@@ -51,12 +53,20 @@ class LinearTiles:
 
 
 @dataclass(frozen=True)
+class DequantizeTiles:
+    """Of `dequantize`: output columns of a program, and its warps."""
+
+    block_n: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class FusedTiles:
     """Of `rotate_int4_linear`.
 
     Args:
         block_n: output columns of a program.
-        slice_tiles: K tiles of 128 channels of a program; times the tokens, rounded up to a power of two, at most 16.
+        slice_tiles: K tiles of 128 channels of a program; times the tokens, rounded up to a power of two, at most 8.
         num_warps: warps of a program.
         num_stages: depth of the pipeline that loads weights.
     """
@@ -79,6 +89,11 @@ class FusedTiles:
                 f"slice_tiles times the tokens, as a power of two, must be at most {OPERAND_ROWS}, "
                 f"got {self.slice_tiles} and {tokens}"
             )
+
+
+def operand_slots(*, ptx: bool) -> int:
+    """Return the narrow side of a tensor-core product: for NVIDIA, whose kernels use PTX, or for AMD."""
+    return OPERAND_ROWS if ptx else _AMD_OPERAND_ROWS
 
 
 def padded_rows(tokens: int) -> int:

@@ -49,16 +49,17 @@ class Shape:
 def candidates(shape: Shape, *, fused: bool) -> Iterator[LinearTiles | FusedTiles]:
     """Yield the launch parameters worth timing for a shape."""
     if fused:
-        for block_n, slice_tiles, warps, stages in itertools.product((128, 256), (2, 4, 8), (4, 8), (3, 4)):
-            if padded_rows(shape.tokens) * slice_tiles <= OPERAND_ROWS:
+        for block_n, slice_tiles, warps, stages in itertools.product((64, 128, 256), (1, 2, 4, 8), (4, 8), (3, 4)):
+            if padded_rows(shape.tokens) * slice_tiles <= OPERAND_ROWS and block_n >= 16 * warps:
                 yield FusedTiles(block_n, slice_tiles, warps, stages)
         return
     if shape.tokens <= 16:
-        blocks = [(8, 128, True, 4), (16, 64, False, 4), (16, 128, False, 4), (16, 128, False, 8)]
+        narrow = 8 if shape.tokens <= 8 else 16
+        blocks = [(narrow, 64, True, 4), (narrow, 128, True, 4), (16, 64, False, 4), (16, 128, False, 4)]
     elif shape.tokens <= 64:
-        blocks = [(32, 128, False, 4), (32, 64, False, 4), (64, 128, True, 4), (64, 128, True, 8), (64, 128, False, 8)]
+        blocks = [(32, 64, True, 4), (32, 128, True, 4), (32, 128, False, 4), (64, 64, True, 4), (64, 128, True, 8)]
     else:
-        blocks = [(64, 128, True, 8), (128, 128, True, 8), (128, 64, True, 4), (32, 256, False, 4)]
+        blocks = [(64, 64, True, 4), (64, 128, True, 4), (64, 128, True, 8), (128, 128, True, 8)]
     for (block_m, block_n, swap_ab, warps), split_k, stages in itertools.product(
         blocks, (1, 2, 4, 8) if shape.tokens <= 64 else (1,), (3, 4)
     ):

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from parofx.triton_ops import layout
+from parofx.triton_ops.dequantize import dequantize_linear as launch_dequantize_linear
 from parofx.triton_ops.int4_linear import int4_linear as launch_int4_linear
 from parofx.triton_ops.launch import as_rows, make_locks
 from parofx.triton_ops.layout import PackedRotation
 from parofx.triton_ops.rotate import rotate as launch_rotate
 from parofx.triton_ops.rotate_dense import rotate_dense as launch_rotate_dense
 from parofx.triton_ops.rotate_int4_linear import rotate_int4_linear as launch_rotate_int4_linear
-from parofx.triton_ops.tiles import DenseTiles, FusedTiles, LinearTiles, RotateTiles
+from parofx.triton_ops.tiles import DenseTiles, DequantizeTiles, FusedTiles, LinearTiles, RotateTiles
 
 Kernel = Callable[..., Tensor]
 
@@ -43,18 +44,21 @@ def rotate_dense(tiles: DenseTiles) -> Kernel:
     return kernel
 
 
-def int4_linear(tiles: LinearTiles, *, ptx: bool) -> Kernel:
-    """Return `int4_linear` as `fn(x, qweight, qzeros, scales, bias, group_size)`."""
+def int4_linear(tiles: LinearTiles | DequantizeTiles, *, ptx: bool) -> Kernel:
+    """Return `int4_linear`, or `dequantize` and a product, as `fn(x, qweight, qzeros, scales, bias, group_size)`."""
 
     def kernel(
         x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, group_size: int
     ) -> Tensor:
         weight = layout.pack_weight(qweight, qzeros, scales, group_size)
         out_features = scales.shape[1]
-        locks = make_locks(out_features, x.device)
         rows = as_rows(x)[None]
-        out = launch_int4_linear(rows, weight, bias, [out_features], group_size, locks, tiles, ptx=ptx)
-        _check_locks(locks)
+        if isinstance(tiles, DequantizeTiles):
+            out = launch_dequantize_linear(rows, weight, bias, [out_features], group_size, tiles, ptx=ptx)
+        else:
+            locks = make_locks(out_features, x.device)
+            out = launch_int4_linear(rows, weight, bias, [out_features], group_size, locks, tiles, ptx=ptx)
+            _check_locks(locks)
         return out.reshape(*x.shape[:-1], out_features)
 
     return kernel

@@ -6,7 +6,7 @@ import torch
 from parofx.errors import ConfigError
 from parofx.triton_ops import architectures, cost_model
 from parofx.triton_ops.architectures import ARCHITECTURES
-from parofx.triton_ops.tiles import FusedTiles, LinearTiles
+from parofx.triton_ops.tiles import DequantizeTiles, FusedTiles, LinearTiles
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +27,10 @@ def test_there_is_a_plan_for_every_layer(tokens, arch):
         if isinstance(plan.linear, FusedTiles):
             plan.linear.check(tokens)
             assert plan.rotation is None
-        else:
+        elif isinstance(plan.linear, LinearTiles):
             assert plan.linear.split_k >= 1
+        else:
+            assert tokens > 64
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -60,9 +62,16 @@ def test_there_are_locks_for_every_output_tile(arch):
                 assert launch.make_locks(out_features, torch.device("cpu")).numel() >= needed
 
 
-def test_the_static_tables_say_so():
+def test_tables_say_where_their_rows_are_from():
     for arch in ARCHITECTURES:
-        assert {row.source for row in cost_model.launch_table(arch)} == {"static"}
+        source = "tuned:NVIDIA H100 80GB HBM3" if arch == "sm_90" else "static"
+        assert {row.source for row in cost_model.launch_table(arch)} == {source}
+
+
+def test_many_tokens_are_multiplied_by_dequantized_weights():
+    few, many = (cost_model.choose_product(tokens, 4096, 4096, "sm_90") for tokens in (256, 4096))
+    assert isinstance(few, LinearTiles)
+    assert isinstance(many, DequantizeTiles)
 
 
 def test_tuned_rows_come_first():

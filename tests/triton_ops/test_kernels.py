@@ -38,7 +38,7 @@ def layer(x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, group_
 def test_every_kernel_with_every_row_of_the_launch_tables(device):
     checks = [check for check in kernel_checks(device) if check.name.startswith("triton")]
     kernels = {check.name.split()[1] for check in checks}
-    assert kernels == {"rotate", "rotate_dense", "int4_linear", "rotate_int4_linear"}
+    assert kernels == {"rotate", "rotate_dense", "int4_linear", "dequantize", "rotate_int4_linear"}
     failures = []
     for check in checks:
         try:
@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused(device):
     rotation, weight, _ = packed(case)
     x, locks = case.x(), launch.make_locks(16, device)
     narrow = x[:, :64]
-    fused, linear = FusedTiles(32, 4, 4, 2), LinearTiles(16, 32, 2, False, 4, 2)
+    fused, linear = FusedTiles(64, 1, 4, 2), LinearTiles(16, 32, 2, False, 4, 2)
     with pytest.raises(ShapeError, match=r"x must be \(M, 128\) with contiguous rows, got \(5, 64\)"):
         rotate(narrow, rotation, RotateTiles(1, 1))
     with pytest.raises(ShapeError, match=r"x must be float16 or bfloat16 \(M, 128\) with contiguous rows"):
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused(device):
         rotate_int4_linear(narrow, rotation, weight, None, [16], locks, fused, ptx=True)
     with pytest.raises(ConfigError, match="rotate_int4_linear takes 1 to 4 tokens, got 5"):
         rotate_int4_linear(x, rotation, weight, None, [16], locks, fused, ptx=True)
-    with pytest.raises(ConfigError, match="must be at most 16, got 8 and 4"):
+    with pytest.raises(ConfigError, match="must be at most 8, got 8 and 4"):
         rotate_int4_linear(x[:4], rotation, weight, None, [16], locks, FusedTiles(32, 8, 4, 2), ptx=True)
     with pytest.raises(ShapeError, match=r"K in 1 tiles of 128, got \(1, 5, 256\)"):
         int4_linear(torch.cat((x, x), 1)[None], weight, None, [16], 64, locks, linear, ptx=True)

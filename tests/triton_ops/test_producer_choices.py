@@ -40,7 +40,7 @@ def test_rows_of_a_gate_program(rows, block_m):
     assert gate_tiles(rows, 14336, 128).block_m == block_m
 
 
-@pytest.mark.parametrize(("tokens", "in_producer"), [(1, False), (4, True), (16, True), (2048, False)])
+@pytest.mark.parametrize(("tokens", "in_producer"), [(1, True), (4, True), (16, True), (2048, False)])
 def test_the_table_of_costs(tokens, in_producer):
     reason = why_not_in_producer(tokens, 4096, 4096, 128, 8, "sm_90")
     assert (reason is None) == in_producer
