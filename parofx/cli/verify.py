@@ -19,6 +19,9 @@ def verify(
     ] = "auto",
     examples: Annotated[int, typer.Option(min=1, help="Cases drawn for each kernel.")] = 50,
     kernels: Annotated[str, typer.Option("-k", help="Only kernels whose name contains this.")] = "",
+    jobs: Annotated[
+        int | None, typer.Option("-j", "--jobs", min=1, help="Checks at a time; by default one per core on a GPU.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Check every kernel of this machine against the fp64 reference, on drawn shapes, layouts, dtypes and values.
@@ -33,25 +36,26 @@ def verify(
 
     from parofx.testing.interpreter import is_interpreting, mend_interpreter
     from parofx.testing.kernels import kernel_checks
+    from parofx.testing.verification_run import default_jobs, run_checks
 
     if is_interpreting():
         mend_interpreter()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
+    names = [check.name for check in kernel_checks(where) if kernels in check.name]
     table = Table("kernel", "worst relative error", "result")
     failures: dict[str, str] = {}
     errors: dict[str, float] = {}
-    for check in kernel_checks(torch.device(device)):
-        if kernels not in check.name:
-            continue
-        with errors_console.status(check.name):
-            try:
-                errors[check.name] = check.run(examples)
-            except Exception as error:
-                # A kernel that cannot be compiled or launched fails as one that computes something else.
-                failures[check.name] = f"{type(error).__name__}: {error}"
-        passed = check.name in errors
-        table.add_row(check.name, f"{errors[check.name]:.2e}" if passed else "", "passed" if passed else "FAILED")
+    with errors_console.status("compiling and checking …") as status:
+        for result in run_checks(where, examples, names=names, jobs=jobs or default_jobs(where)):
+            if result.error is None:
+                failures[result.name] = str(result.failure)
+            else:
+                errors[result.name] = result.error
+            shown = "" if result.error is None else f"{result.error:.2e}"
+            table.add_row(result.name, shown, "FAILED" if result.error is None else "passed")
+            status.update(f"{table.row_count} of {len(names)} kernels checked …")
     console.print(table)
     for name, reason in failures.items():
         console.print(f"\n{name}\n{reason}", highlight=False, markup=False)

@@ -108,7 +108,8 @@ def _triton_checks(device: torch.device) -> Iterator[KernelCheck]:
     ptx = uses_ptx(device)
     for row in _rows(device):
         tiles = KERNEL_TILES[row.kernel](**row.tiles)
-        name = f"triton {row.kernel} {' '.join(f'{key}={value}' for key, value in row.tiles.items())}"
+        most = "any number of" if row.max_tokens is None else f"up to {row.max_tokens}"
+        name = f"triton {row.kernel}, {most} tokens, {' '.join(f'{key}={value}' for key, value in row.tiles.items())}"
         narrowed: dict[str, Any] = {
             "device": str(device),
             "group_sizes": _KERNEL_GROUP_SIZES,

@@ -32,6 +32,12 @@ def test_verify_fails_where_a_kernel_does(run, monkeypatch):
     assert "1 of 2 kernels failed" in output
 
 
+def test_checks_run_in_processes_of_their_own(run):
+    status, output, _ = run("verify", "--device", "cpu", "--examples", 2, "-k", "reference", "-j", 2)
+    assert status == 0, output
+    assert output.count("passed") == 3
+
+
 def test_verify_fails_where_nothing_is_checked(run):
     status, output, _ = run("verify", "--device", "cpu", "-k", "no such kernel")
     assert status == 1
