@@ -34,7 +34,7 @@ _CHUNK_ELEMENTS = 2**24
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What `evaluate` measured. KL is in nats; the last four are `None` without a reference.
+    """What `evaluate` measured. KL is in nats; the last five are `None` without a reference.
 
     Args:
         tokens: predicted tokens, `windows · (seqlen − 1)`.
@@ -46,6 +46,7 @@ class EvalResult:
         kl_error: its standard error over windows; `None` for one window.
         kl_p99: the KL that one token in a hundred exceeds.
         top1_agreement: fraction of tokens whose most likely continuation is the same.
+        reference_perplexity: of the reference, on the same tokens.
     """
 
     tokens: int
@@ -57,6 +58,7 @@ class EvalResult:
     kl_error: float | None = None
     kl_p99: float | None = None
     top1_agreement: float | None = None
+    reference_perplexity: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-serializable values."""
@@ -89,7 +91,7 @@ def evaluate(
             f"tokens must be integers (windows, seqlen ≥ 2), at least one, got {tokens.dtype} {tuple(tokens.shape)}"
         )
     start = time.perf_counter()
-    nll, kl, agreed = [], [], []
+    nll, kl, agreed, reference_nll = [], [], [], []
     with _evaluation_mode(model, reference):
         for rows in _slices(tokens, batch_size or _batch_size(model, tokens), progress):
             batch = tokens[rows]
@@ -99,12 +101,13 @@ def evaluate(
                 expected = reference[rows] if isinstance(reference, Tensor) else _logits(reference, batch)
                 _check_fit(expected, logits)
             for index, window in enumerate(batch):
-                losses, divergences, same = _compare(
+                losses, divergences, same, reference_losses = _compare(
                     logits[index], None if expected is None else expected[index], window
                 )
                 nll.append(losses)
                 kl.append(divergences)
                 agreed.append(same)
+                reference_nll.append(reference_losses)
     losses, divergences, same = torch.stack(nll), torch.stack(kl), torch.stack(agreed)
     perplexity, loss_error = math.exp(losses.mean()), _standard_error(losses)
     compared = reference is not None
@@ -119,6 +122,7 @@ def evaluate(
         kl_error=_standard_error(divergences) if compared else None,
         kl_p99=float(np.quantile(divergences.numpy(), 0.99)) if compared else None,
         top1_agreement=float(same.double().mean()) if compared else None,
+        reference_perplexity=math.exp(torch.stack(reference_nll).mean()) if compared else None,
     )
 
 
@@ -151,9 +155,9 @@ def collect_logits(model: nn.Module, tokens: Tensor, *, path: str | Path, batch_
     return result
 
 
-def _compare(logits: Tensor, expected: Tensor | None, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, the KL divergence and the top-1 agreement at each of a window's `seqlen − 1` predictions."""
-    losses, divergences, same = [], [], []
+def _compare(logits: Tensor, expected: Tensor | None, window: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return at each of a window's `seqlen − 1` predictions the loss, KL, top-1 agreement and the reference's loss."""
+    losses, divergences, same, expected_losses = [], [], [], []
     targets = window[1:].to(logits.device)
     for part in _chunks(logits[:-1]):
         log_q = logits[:-1][part].float().log_softmax(-1)
@@ -161,6 +165,7 @@ def _compare(logits: Tensor, expected: Tensor | None, window: Tensor) -> tuple[T
         if expected is None:
             continue
         log_p = expected[:-1][part].to(log_q.device).float().log_softmax(-1)
+        expected_losses.append(-log_p.gather(-1, targets[part, None]).squeeze(-1))
         same.append(log_p.argmax(-1) == log_q.argmax(-1))
         # Where p is 0 the entry counts nothing, though −inf minus −inf is NaN; where only q is, KL is infinite.
         log_ratio = (log_p - log_q).nan_to_num_(nan=0.0, posinf=math.inf)
@@ -169,7 +174,8 @@ def _compare(logits: Tensor, expected: Tensor | None, window: Tensor) -> tuple[T
     loss = torch.cat(losses).cpu()
     if not loss.isfinite().all():
         raise DataError("the model's logits are not finite: its loss on the text is NaN or infinite")
-    return loss, torch.cat(divergences or [empty]).cpu(), torch.cat(same or [empty]).cpu()
+    kl, agreed, reference_loss = (torch.cat(parts or [empty]).cpu() for parts in (divergences, same, expected_losses))
+    return loss, kl, agreed, reference_loss
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:

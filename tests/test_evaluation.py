@@ -48,6 +48,7 @@ def expected(model: Table, reference: Table, tokens: Tensor) -> dict[str, float]
         "kl_error": float(kl.mean(1).std() / count),
         "kl_p99": float(kl.flatten().quantile(0.99)),
         "top1_agreement": float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()),
+        "reference_perplexity": float((-log_p.gather(-1, tokens[:, 1:, None])).mean().exp()),
     }
 
 
@@ -70,7 +71,8 @@ def test_a_model_agrees_with_itself() -> None:
 def test_without_a_reference_only_the_text_counts() -> None:
     result = evaluate(Table(0), windows())
     assert result.perplexity == pytest.approx(expected(Table(0), Table(0), windows())["perplexity"], rel=TOLERANCE)
-    assert {result.kl_mean, result.kl_error, result.kl_p99, result.top1_agreement} == {None}
+    compared = (result.kl_mean, result.kl_error, result.kl_p99, result.top1_agreement, result.reference_perplexity)
+    assert set(compared) == {None}
     assert result.to_dict()["tokens"] == 30
 
 

@@ -78,6 +78,7 @@ def evaluate(
     table.add_row("tokens", f"{result.tokens} in {result.windows} windows of {seqlen}")
     table.add_row("perplexity", _with_error(result.perplexity, result.perplexity_error))
     if result.kl_mean is not None and result.top1_agreement is not None:
+        table.add_row("perplexity of the reference", f"{result.reference_perplexity:.4f}")
         table.add_row("KL divergence (nats)", _with_error(result.kl_mean, result.kl_error))
         table.add_row("KL, 99th percentile", f"{result.kl_p99:.4f}")
         table.add_row("top-1 agreement", f"{result.top1_agreement:.2%}")

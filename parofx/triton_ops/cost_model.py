@@ -90,7 +90,7 @@ _FEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a launch table: tiles for up to `max_tokens` (None: any number), for one K and N, or all (None)."""
+    """One row of a launch table: tiles for up to `max_tokens`, for one K, N and group size; None stands for any."""
 
     kernel: str
     max_tokens: int | None
@@ -98,14 +98,16 @@ class Row:
     N: int | None
     source: str
     tiles: Mapping[str, Any]
+    group_size: int | None = None
 
-    def serves(self, kernel: str, tokens: int, in_features: int, out_features: int) -> bool:
+    def serves(self, kernel: str, tokens: int, in_features: int, out_features: int, group_size: int) -> bool:
         """Say whether the row is for a call."""
         return (
             self.kernel == kernel
             and (self.max_tokens is None or tokens <= self.max_tokens)
             and self.K in (None, in_features)
             and self.N in (None, out_features)
+            and self.group_size in (None, group_size)
         )
 
 
@@ -158,14 +160,14 @@ def launch_table(arch: str) -> tuple[Row, ...]:
     return rows
 
 
-def find_row(kernel: str, tokens: int, in_features: int, out_features: int, arch: str) -> Row:
+def find_row(kernel: str, tokens: int, in_features: int, out_features: int, arch: str, group_size: int = TILE_K) -> Row:
     """Return the first row of the launch table that serves a call.
 
     Raises:
         ConfigError: if none does.
     """
     for row in launch_table(arch):
-        if row.serves(kernel, tokens, in_features, out_features):
+        if row.serves(kernel, tokens, in_features, out_features, group_size):
             return row
     raise ConfigError(f"no launch parameters of {kernel} for {tokens} tokens on {arch}; it is not for so many")
 
@@ -181,19 +183,21 @@ def choose_dense(tokens: int, in_features: int, arch: str) -> DenseTiles:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_linear(tokens: int, in_features: int, out_features: int, arch: str) -> LinearTiles:
+def choose_linear(tokens: int, in_features: int, out_features: int, arch: str, group_size: int = TILE_K) -> LinearTiles:
     """Return the launch parameters of `int4_linear`; a `split_k` that the table leaves open is computed."""
-    tiles = LinearTiles(**find_row("int4_linear", tokens, in_features, out_features, arch).tiles)
+    tiles = LinearTiles(**find_row("int4_linear", tokens, in_features, out_features, arch, group_size).tiles)
     if tiles.split_k == 0:
         tiles = replace(tiles, split_k=choose_split(tokens, in_features, out_features, tiles, architecture(arch)))
     return tiles
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_product(tokens: int, in_features: int, out_features: int, arch: str) -> LinearTiles | DequantizeTiles:
+def choose_product(
+    tokens: int, in_features: int, out_features: int, arch: str, group_size: int = TILE_K
+) -> LinearTiles | DequantizeTiles:
     """Return how rotated activations are multiplied: in one int4 kernel, or by dequantizing first."""
     card = architecture(arch)
-    linear = choose_linear(tokens, in_features, out_features, arch)
+    linear = choose_linear(tokens, in_features, out_features, arch, group_size)
     if dequantize_us(tokens, in_features, out_features, card) < linear_us(
         tokens, in_features, out_features, linear, card
     ):
@@ -201,9 +205,9 @@ def choose_product(tokens: int, in_features: int, out_features: int, arch: str) 
     return linear
 
 
-def choose_fused(tokens: int, in_features: int, out_features: int, arch: str) -> FusedTiles:
+def choose_fused(tokens: int, in_features: int, out_features: int, arch: str, group_size: int = TILE_K) -> FusedTiles:
     """Return the launch parameters of `rotate_int4_linear`."""
-    return FusedTiles(**find_row("rotate_int4_linear", tokens, in_features, out_features, arch).tiles)
+    return FusedTiles(**find_row("rotate_int4_linear", tokens, in_features, out_features, arch, group_size).tiles)
 
 
 def choose_split(tokens: int, in_features: int, out_features: int, tiles: LinearTiles, card: Architecture) -> int:
@@ -239,11 +243,11 @@ def plan_layer(
     """
     card = architecture(arch)
     gather = choose_rotate(tokens, in_features, arch)
-    linear = choose_product(tokens, in_features, out_features, arch)
+    linear = choose_product(tokens, in_features, out_features, arch, group_size)
     product = product_us(tokens, in_features, out_features, linear, card)
     plans: list[tuple[float, Plan]] = []
     if tokens <= MAX_FUSED_TOKENS:
-        fused = choose_fused(tokens, in_features, out_features, arch)
+        fused = choose_fused(tokens, in_features, out_features, arch, group_size)
         if padded_rows(tokens) * fused.slice_tiles <= OPERAND_ROWS:
             time = fused_us(tokens, in_features, out_features, group_size, krot, fused, card)
             plans.append((time, Plan("fused", None, fused)))

@@ -58,7 +58,8 @@ def int4_linear(
         locks: what `make_locks` returned.
     """
     _, tokens, channels = x.shape
-    tiles = cost_model.choose_product(max(tokens, 1), channels, weight.words.shape[1], architecture_of(x.device))
+    out_features, arch = weight.words.shape[1], architecture_of(x.device)
+    tiles = cost_model.choose_product(max(tokens, 1), channels, out_features, arch, group_size)
     return _product(tiles, x, weight, bias, ends, group_size, locks)
 
 

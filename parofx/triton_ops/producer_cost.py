@@ -38,7 +38,7 @@ def why_not_in_producer(
     card = architecture(arch)
     sizes = (tokens, in_features, group_size, krot, card, rotations)
     plan = cost_model.plan_layer(tokens, in_features, out_features, group_size, krot, arch, rotations=rotations)
-    linear = cost_model.choose_product(tokens, in_features, out_features, arch)
+    linear = cost_model.choose_product(tokens, in_features, out_features, arch, group_size)
     product = cost_model.product_us(tokens, in_features, out_features, linear, card)
     if isinstance(plan.linear, FusedTiles):
         separate = cost_model.fused_us(tokens, in_features, out_features, group_size, krot, plan.linear, card)

@@ -105,13 +105,18 @@ def write_rows(rows: Sequence[cost_model.Row], arch: str) -> Path:
     """Merge rows into an architecture's tuned table, those for fewer tokens first, and return the file."""
     file = cost_model.tuned_table(arch)
     present = cost_model.parse_table(file.read_text(), str(file)) if file.exists() else ()
-    merged = {(row.kernel, row.K, row.N, row.max_tokens): row for row in (*present, *rows)}
+    merged = {(row.kernel, row.K, row.N, row.group_size, row.max_tokens): row for row in (*present, *rows)}
     ordered = sorted(merged.values(), key=lambda row: (row.kernel, row.K or 0, row.N or 0, row.max_tokens or 0))
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps({"arch": arch, "rows": [dataclasses.asdict(row) for row in ordered]}, indent=1))
     temporary.replace(file)
-    for cached in (cost_model.launch_table, cost_model.choose_linear, cost_model.plan_layer):
+    for cached in (
+        cost_model.launch_table,
+        cost_model.choose_linear,
+        cost_model.choose_product,
+        cost_model.plan_layer,
+    ):
         cached.cache_clear()
     return file
 

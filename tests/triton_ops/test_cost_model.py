@@ -8,14 +8,16 @@ from parofx.triton_ops import architectures, cost_model
 from parofx.triton_ops.architectures import ARCHITECTURES
 from parofx.triton_ops.tiles import DequantizeTiles, FusedTiles, LinearTiles
 
+CACHED = (cost_model.launch_table, cost_model.plan_layer, cost_model.choose_linear, cost_model.choose_product)
+
 
 @pytest.fixture(autouse=True)
 def no_tuned_tables(monkeypatch, tmp_path):
     monkeypatch.setenv("PAROFX_CACHE", str(tmp_path))
-    for function in (cost_model.launch_table, cost_model.plan_layer, cost_model.choose_linear):
+    for function in CACHED:
         function.cache_clear()
     yield
-    for function in (cost_model.launch_table, cost_model.plan_layer, cost_model.choose_linear):
+    for function in CACHED:
         function.cache_clear()
 
 

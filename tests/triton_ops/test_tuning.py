@@ -9,13 +9,14 @@ from parofx.errors import ConfigError
 from parofx.triton_ops import cost_model
 
 SHAPES = [(1, 256, 64), (17, 256, 64)]
+CACHED = (cost_model.launch_table, cost_model.plan_layer, cost_model.choose_linear, cost_model.choose_product)
 
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("PAROFX_CACHE", str(tmp_path))
     yield
-    for function in (cost_model.launch_table, cost_model.choose_linear, cost_model.plan_layer):
+    for function in CACHED:
         function.cache_clear()
 
 
