@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,33 +21,41 @@ from parofx.cli.common import (
     load,
     write_json,
 )
+from parofx.cli.options import build_config, quantization_options
 
 
+@quantization_options
 def explain(
     model: Source,
     grep: Annotated[str | None, typer.Option(help="Show only rows whose name contains this.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with options; those given here come first.", dir_okay=False)
+    ] = None,
     json_file: JsonFile = None,
     revision: Revision = None,
     offline: Offline = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
+    **options: Any,
 ) -> None:
     """Tell what would be quantized, shared, merged and skipped, and why. Changes nothing.
 
-    Of a PARO checkpoint: what is quantized, merged and lowered.
+    Of a PARO checkpoint: what is quantized, merged and lowered; options mean nothing there.
 
     \b
     parofx explain ./llama
     parofx explain org/model --grep lm_head
+    parofx explain ./llama --group-size 64 --modules-to-not-convert 'model.layers.0.*'
     """  # noqa: D301
+    chosen = build_config(config, options)
     loaded = load(
         model, revision=revision, offline=offline, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     import parofx
     from parofx.models import example_inputs
 
-    rows = parofx.explain(loaded.model, example_inputs(loaded.model)).rows
+    rows = parofx.explain(loaded.model, example_inputs(loaded.model), config=chosen).rows
     table = Table("name", "action", "reason", box=None)
     for row in rows:
         if grep is None or grep in row.name:

@@ -26,9 +26,17 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
     Help texts are the fields' descriptions in the class docstrings. The command gets only what the user gave, so that
     a configuration file can fill in the rest (`build_config`).
     """
+    return _with_options(command, [*_options(ParoConfig, "Quantization"), *_options(CalibrationConfig, "Calibration")])
+
+
+def quantization_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's `**options` by one option per field of `ParoConfig`; as `config_options` for the rest."""
+    return _with_options(command, _options(ParoConfig, "Quantization"))
+
+
+def _with_options(command: Callable[..., None], generated: list[inspect.Parameter]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
-    generated = [*_options(ParoConfig, "Quantization"), *_options(CalibrationConfig, "Calibration")]
     names = [item.name for item in own]
 
     def wrapper(**values: Any) -> None:

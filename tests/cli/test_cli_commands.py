@@ -181,6 +181,12 @@ def test_explain_names_every_linear_and_its_fate(files: Files, run: Run, tmp_pat
     assert "model.layers" not in run("explain", files.float_model, "--grep", "lm_head").output
 
 
+def test_explain_takes_the_options_of_quantize(files: Files, run: Run) -> None:
+    status, output, _ = run("explain", files.float_model, "--modules-to-not-convert", "model.layers.0.*")
+    assert status == 0, output
+    assert "modules_to_not_convert" in output
+
+
 def test_explain_of_a_checkpoint_names_calls_and_providers(files: Files, run: Run, tmp_path: Path) -> None:
     status, output, _ = run("explain", files.paro, "--json", tmp_path / "rows.json")
     assert status == 0, output
