@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 import torch
@@ -880,3 +881,23 @@ def test_generate_with_a_static_cache(architecture, quantized, inductor):
         eager = model.generate(prompt, **options, disable_compile=True)
         assert torch.equal(fast, eager)
     assert fast.shape == (2, prompt.shape[1] + 8)
+
+
+def test_packed_tensors_are_static_inputs():
+    """CUDA graphs copy what is not: all weights at every call."""
+    from torch._functorch import aot_autograd
+
+    found = []
+    describe = aot_autograd._try_get_metadata_from_dynamo
+
+    def spy(gm, *args):
+        described = describe(gm, *args)
+        found.append(([node.name for node in gm.graph.find_nodes(op="placeholder")], described[1]))
+        return described
+
+    model = round_model(net()).to(torch.bfloat16)
+    with mock.patch.object(aot_autograd, "_try_get_metadata_from_dynamo", spy), torch.no_grad():
+        torch.compile(model, backend="paro", options={"provider": "aten"})(torch.randn(2, 64, dtype=torch.bfloat16))
+    ((names, static),) = found
+    assert any(name.startswith("packed_") for name in names)
+    assert {names[index] for index in static} == {name for name in names if not name.startswith("l_x")}
