@@ -9,6 +9,7 @@ a replaced parameter or another module is seen at the next call and packed then.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -108,11 +109,19 @@ class CompiledGraph:
         return self._remember(args, tuple(get_attribute(lowered, name) for name in self._constant_names))
 
     def _remember(self, args: Sequence[Any], tensors: tuple[Tensor, ...]) -> _Packed:
+        self._forget_the_dead()
+        packed = _Packed(tuple(State.of(args[index]) for index in self._watched), tensors)
+        key = self._key(args)
+        if self._watched and key not in self._packed:
+            # What was made from parameters goes when they do; the graph itself stays with Dynamo.
+            graph = weakref.WeakMethod(self._forget_the_dead)
+            weakref.finalize(args[self._watched[0]], lambda: (found := graph()) and found()).atexit = False
+        self._packed[key] = packed
+        return packed
+
+    def _forget_the_dead(self) -> None:
         for key in [key for key, packed in self._packed.items() if any(not state.alive() for state in packed.states)]:
             del self._packed[key]
-        packed = _Packed(tuple(State.of(args[index]) for index in self._watched), tensors)
-        self._packed[self._key(args)] = packed
-        return packed
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

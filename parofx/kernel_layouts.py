@@ -20,6 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 _shared: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakValueDictionary()
 #: Tensor → what was loaded in its place; siblings that hold it still will take the same.
 _successors: WeakIdKeyDictionary = WeakIdKeyDictionary()
+#: Angles → the lineage of the linears that hold them.
+_lineages: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _LAYOUTS: dict[str, KernelLayout] = {}
 
 
@@ -68,7 +70,7 @@ def share(role: str, tensor: Tensor) -> Tensor:
     """Return an equal tensor of the same role that is alive already, or else this one.
 
     Siblings have one rotation: converted one by one, they find one another's tensors here. Equal means dtype, shape,
-    device and bytes, now: one that was written since is not taken.
+    device and bytes, now: one that was written since is not taken. For packed tensors, which nobody is handed to write.
     """
     content = _bytes(tensor)
     digest = hashlib.sha256(content.numpy().tobytes()).digest()
@@ -77,6 +79,49 @@ def share(role: str, tensor: Tensor) -> Tensor:
     if found is None or not torch.equal(_bytes(found), content):
         _shared[key] = found = tensor
     return found
+
+
+class Lineage:
+    """What linears that held one rotation have in common while they hold it packed.
+
+    Unpacked they hold one again. A copied linear has a lineage of its own, which its copied siblings share: equal bytes
+    alone join no two models, for a tensor that one of them hands out may be written.
+    """
+
+    def __init__(self) -> None:
+        self._unpacked: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
+        self._successor: weakref.ref[Lineage] | None = None
+        self._digest = b""
+
+    def __reduce__(self) -> tuple[type[Lineage], tuple[()]]:
+        return Lineage, ()
+
+    @staticmethod
+    def of(theta: Tensor) -> Lineage:
+        """Return the lineage of those that hold a tensor of angles."""
+        if theta not in _lineages:
+            _lineages[theta] = Lineage()
+        found: Lineage = _lineages[theta]
+        return found
+
+    def join(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return equal tensors that another of the lineage was handed, where they are alive, or else these."""
+        joined = {}
+        for name, tensor in tensors.items():
+            held = self._unpacked.get(name)
+            if held is None or held.device != tensor.device or not torch.equal(held, tensor):
+                self._unpacked[name] = held = tensor
+            joined[name] = held
+        return joined
+
+    def loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        """Note what was loaded in place of the rotation: who loads equal bytes stays in one lineage."""
+        digest = hashlib.sha256(b"".join(_bytes(tensor).numpy().tobytes() for tensor in tensors.values())).digest()
+        known = None if self._successor is None else self._successor()
+        if known is None or known._digest != digest:
+            known = Lineage()
+            known._digest, self._successor = digest, weakref.ref(known)
+        _lineages[tensors["theta"]] = known
 
 
 def succeed(old: Tensor, new: Tensor) -> Tensor:

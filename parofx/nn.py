@@ -69,6 +69,8 @@ class ParoLinear(nn.Module):
     weight: None = None
     #: Name of the layout; None until the next forward decides.
     _layout: str | None = None
+    #: While packed: the siblings that held the same rotation before.
+    _lineage: kernel_layouts.Lineage | None = None
 
     def __init__(
         self,
@@ -163,8 +165,9 @@ class ParoLinear(nn.Module):
         with _lock:
             if self.layout != CHECKPOINT:
                 tensors = self.checkpoint_tensors()
-                rotation = {name: kernel_layouts.share(name, tensors[name]) for name in ROTATION_NAMES}
-                self._hold(tensors | rotation, None)
+                if self._lineage is not None:
+                    tensors |= self._lineage.join({name: tensors[name] for name in ROTATION_NAMES})
+                self._hold(tensors, None)
             self._layout = None
         return self
 
@@ -218,6 +221,7 @@ class ParoLinear(nn.Module):
                 else:
                     with torch.no_grad(), torch.inference_mode(False), torch._C._DisableAutocast():
                         packed = layout.pack(buffers, self.group_size)
+                    self._lineage = kernel_layouts.Lineage.of(buffers["theta"])
                     self._hold(packed | {"bias": buffers["bias"]}, layout.name)
             return self._layout or CHECKPOINT
 
@@ -269,7 +273,7 @@ class ParoLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         with _lock:
-            layout = self.layout
+            layout, lineage = self.layout, self._lineage
             held: dict[str, Any] = self._buffers
             assign = local_metadata.get("assign_to_params_buffers", False)
             self.unpack_()
@@ -289,6 +293,8 @@ class ParoLinear(nn.Module):
                     self._buffers[name] = kernel_layouts.succeed(tensors[name], self.get_buffer(name))
             if layout == CHECKPOINT:
                 return
+            if lineage is not None:
+                lineage.loaded({name: self.get_buffer(name) for name in ROTATION_NAMES})
             # In the same layout and memory: compiled graphs need no second look, and slices stay slices.
             self.pack_()
             if self.layout == layout and not assign:

@@ -810,6 +810,26 @@ def test_a_compiled_graph_keeps_no_model_alive():
         assert [reference() for reference in tensors if reference() is not None] == []
 
 
+def test_what_was_packed_for_a_model_goes_with_it():
+    from parofx.compiled_graph import CompiledGraph
+
+    model = net()
+    fast = compiled(model)
+    quietly(fast, inputs())
+    weights = {weakref.ref(parameter) for parameter in model.parameters()}
+
+    def packed():
+        graphs = [one for one in gc.get_objects() if type(one) is CompiledGraph]
+        return [
+            entry for one in graphs for entry in one._packed.values() if {s.reference for s in entry.states} & weights
+        ]
+
+    assert packed()
+    del model, fast
+    gc.collect()
+    assert not packed()
+
+
 # --- several models -------------------------------------------------------------------------------------------------
 
 

@@ -358,3 +358,19 @@ def test_a_forward_that_reads_a_tensor_by_name_exports():
     program = torch.export.export(model, (some_input(),), strict=False)
     assert model.inner.layout == "cpu"
     assert relative_error(program.module()(some_input()), expected) < FP32
+
+
+def test_what_a_copy_hands_out_is_its_own():
+    """Regression: tensors were shared by content, so that a write into one model reached its copy."""
+    torch.manual_seed(0)
+    first = ParoLinear(64, 16, group_size=32, krot=3, bias=False).eval()
+    first.theta.normal_()
+    before, x = copy.deepcopy(first), torch.randn(2, 64)
+    expected = first(x)
+    after = copy.deepcopy(first)
+    for other in (before, after):
+        other(x)
+        assert other.theta is not first.theta
+    first.theta.zero_()
+    for other in (before, after):
+        assert torch.equal(other(x), expected)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -40,14 +43,33 @@ def run_checks(
         device: whose kernels.
         examples: cases drawn for each kernel.
         names: of the checks; None for all.
-        jobs: checks at a time, each in a process of its own if more than one.
+        jobs: checks at a time. If more than one, each has a process of its own: one that breaks its GPU context or dies
+            fails alone.
     """
     chosen = [check.name for check in kernels.kernel_checks(device)] if names is None else list(names)
     if jobs == 1:
         yield from (run_check(name, str(device), examples) for name in chosen)
         return
-    with ProcessPoolExecutor(min(jobs, len(chosen) or 1), multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(run_check, chosen, [str(device)] * len(chosen), [examples] * len(chosen))
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda name: run_apart(name, run_check, name, str(device), examples), chosen)
+
+
+def run_apart(name: str, run: Callable[..., CheckResult], *args: Any) -> CheckResult:
+    """Return `run(*args)`, computed in a new process; a failure of the check called `name` if that process dies."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, run, *args))
+    process.start()
+    sender.close()
+    result: CheckResult | None = None
+    with contextlib.suppress(EOFError):
+        result = receiver.recv()
+    process.join()
+    return result or CheckResult(name, None, f"its process died with exit code {process.exitcode}")
+
+
+def _send(sender: Connection, run: Callable[..., CheckResult], *args: Any) -> None:
+    sender.send(run(*args))
 
 
 def run_check(name: str, device: str, examples: int) -> CheckResult:

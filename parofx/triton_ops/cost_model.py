@@ -137,7 +137,9 @@ def parse_table(text: str, where: str) -> tuple[Row, ...]:
     try:
         rows = tuple(Row(**row) for row in json.loads(text)["rows"])
         for row in rows:
-            KERNEL_TILES[row.kernel](**row.tiles)
+            tiles = KERNEL_TILES[row.kernel](**row.tiles)
+            if isinstance(tiles, FusedTiles):
+                tiles.check(row.max_tokens or MAX_FUSED_TOKENS)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{where} must be a launch table of kernels {sorted(KERNEL_TILES)}, got {error!r}; delete or tune it anew"

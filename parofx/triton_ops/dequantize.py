@@ -21,6 +21,7 @@ from torch import Tensor
 
 from parofx.triton_ops._device import dequantize, load_qparams, scale_of
 from parofx.triton_ops.layout import TILE_K, PackedWeight
+from parofx.triton_ops.siblings import check_bias, check_siblings
 from parofx.triton_ops.tiles import DequantizeTiles
 
 #: A slab of dequantized columns: fits the L2 of large cards, and is all the memory that this takes.
@@ -101,8 +102,14 @@ def dequantize_linear(
     *,
     ptx: bool,
 ) -> Tensor:
-    """Return `(M, N)`: `x_s @ Wq + bias` for x `(S, M, K)`; arguments as `int4_linear`'s."""
-    _, tokens, channels = x.shape
+    """Return `(M, N)`: `x_s @ Wq + bias` for x `(S, M, K)`; arguments as `int4_linear`'s.
+
+    Raises:
+        ShapeError: if tensors do not fit.
+    """
+    rotations, tokens, channels = x.shape
+    check_siblings(rotations, ends, weight.words.shape[1])
+    check_bias(bias, weight.words.shape[1])
     out = torch.empty((tokens, weight.words.shape[1]), dtype=x.dtype, device=x.device)
     for sibling, start, end in _slabs(ends, channels * x.itemsize):
         slab = dequantize_columns(weight, start, end, group_size, channels, x.dtype, tiles, ptx=ptx)

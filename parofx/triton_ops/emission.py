@@ -93,7 +93,11 @@ def _bias(call: SiblingCall) -> tuple[Node | None, Sequence[Node | None]]:
     bound = [bias for bias in call.biases if bias is not None]
     if any(binding(bias) is None for bias in bound):
         return None, call.biases
-    return call.constants("triton_bias", bound, partial(_pack_bias, call))[0], [None] * len(call.biases)
+    # Which linears have one, and how wide all are, is part of what is made: siblings of another order differ.
+    layout = "triton_bias_" + "_".join(
+        f"{'b' if bias is not None else 'n'}{size}" for bias, size in zip(call.biases, call.out_features, strict=True)
+    )
+    return call.constants(layout, bound, partial(_pack_bias, call))[0], [None] * len(call.biases)
 
 
 def _pack_bias(call: SiblingCall) -> tuple[Tensor]:

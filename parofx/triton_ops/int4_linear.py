@@ -27,7 +27,7 @@ from torch import Tensor
 from parofx.errors import ShapeError
 from parofx.triton_ops._device import dequantize, last_to_arrive, load_qparams, locate_tile, scale_of
 from parofx.triton_ops.layout import TILE_K, PackedWeight
-from parofx.triton_ops.siblings import check_siblings, column_tiles, inner_ends, split_buffer
+from parofx.triton_ops.siblings import check_bias, check_siblings, column_tiles, inner_ends, split_buffer
 from parofx.triton_ops.tiles import LinearTiles
 
 
@@ -85,7 +85,7 @@ def int4_linear_kernel(
     tiles_per_split = tl.cdiv(tiles_k, splits)
     first = split * tiles_per_split
     end = tl.minimum(first + tiles_per_split, tiles_k)
-    x_ptrs = x_ptr + rotation * stride_xs + rows * stride_xm + (first * 128 + offs_xk)
+    x_ptrs = x_ptr + tl.cast(rotation, tl.int64) * stride_xs + rows * stride_xm + (first * 128 + offs_xk)
     word_ptrs = words_ptr + first.to(tl.int64) * N * 32 + (columns * 32 + offs_r)
     qparam_ptrs = qparams_ptr + first.to(tl.int64) * GROUPS_PER_TILE * N + columns
 
@@ -159,6 +159,7 @@ def int4_linear(
     rotations, tokens, channels = x.shape
     out_features = weight.words.shape[1]
     check_siblings(rotations, ends, out_features)
+    check_bias(bias, out_features)
     if weight.words.shape[0] != triton.cdiv(channels, TILE_K) or (x.numel() and x.stride(2) != 1):
         raise ShapeError(
             f"x must be (S, M, K) with contiguous rows and K in {weight.words.shape[0]} tiles of {TILE_K}, "

@@ -38,7 +38,7 @@ from parofx.triton_ops._device import (
     scale_of,
 )
 from parofx.triton_ops.layout import TILE_K, PackedRotation, PackedWeight
-from parofx.triton_ops.siblings import check_siblings, column_tiles, inner_ends, split_buffer
+from parofx.triton_ops.siblings import check_bias, check_siblings, column_tiles, inner_ends, split_buffer
 from parofx.triton_ops.tiles import FusedTiles, operand_slots, padded_rows
 
 
@@ -195,6 +195,7 @@ def rotate_int4_linear(
     tokens, channels = x.shape
     out_features = weight.words.shape[1]
     check_siblings(rotations, ends, out_features)
+    check_bias(bias, out_features)
     tiles_k = triton.cdiv(channels, TILE_K)
     if channels != groups * group_size or weight.words.shape[0] != tiles_k or (x.numel() and x.stride(1) != 1):
         raise ShapeError(

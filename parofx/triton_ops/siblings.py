@@ -29,6 +29,18 @@ def check_siblings(rotations: int, ends: Sequence[int], out_features: int) -> No
         raise ShapeError(f"ends must be {rotations} rising columns, the last {out_features}, got {list(ends)}")
 
 
+def check_bias(bias: Tensor | None, out_features: int) -> None:
+    """Check the bias of all siblings.
+
+    Raises:
+        ShapeError: if it is not `(N,)`.
+    """
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ShapeError(
+            f"bias must be ({out_features},), one number per column of all siblings, got {tuple(bias.shape)}"
+        )
+
+
 def column_tiles(ends: Sequence[int], block_n: int) -> int:
     """Return the number of column tiles; every sibling with its own rotation has its own."""
     return sum(-(-(end - start) // block_n) for start, end in zip((0, *ends), ends, strict=False))

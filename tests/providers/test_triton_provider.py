@@ -8,6 +8,7 @@ import graphs
 import pytest
 import torch
 from graphs import DOORS, Captured
+from rounded import random_rotation, round_linear
 from test_fuse_producers import block, llama
 from test_merge_siblings import attention, converted
 from test_providers import a_call
@@ -58,6 +59,38 @@ def test_a_computed_bias_is_added_behind() -> None:
     x = graphs.rows(3, 64).bfloat16()
     # The bias is computed behind the first product, so that the two are not one call.
     assert lower(converted(model, x), x) == {"parofx.triton_rotate_int4_linear.default": 2}
+
+
+class TwoOrders(torch.nn.Module):
+    """Siblings of which one has a bias, in the orders that a graph may have them in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        plain, biased = (
+            round_linear(torch.randn(width, 64), bias, random_rotation(64, 64, 2, seed=0), 64)
+            for width, bias in ((32, None), (48, torch.full((48,), 100.0)))
+        )
+        self.plain, self.biased = plain.eval(), biased.eval()
+
+    def plain_first(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.plain(x), self.biased(x)
+
+    def biased_first(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.biased(x), self.plain(x)
+
+    def alone(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.biased(x),)
+
+
+def test_a_bias_stays_with_its_linear_in_every_graph() -> None:
+    """Regression: the packed bias was shared between graphs whose siblings stand in another order."""
+    torch.manual_seed(0)
+    model, x = TwoOrders().eval(), torch.randn(3, 64).bfloat16()
+    with torch.no_grad():
+        for forward in (model.plain_first, model.biased_first, model.alone):
+            fast = torch.compile(forward, backend="paro")
+            for got, expected in zip(fast(x), forward(x), strict=True):
+                assert float((got - expected).float().norm() / expected.float().norm()) < BF16
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -87,6 +87,15 @@ def test_tuned_rows_come_first():
     assert cost_model.find_row("int4_linear", 1, 4096, 1024, "sm_90").source == "tuned:card"
 
 
+def test_tiles_that_no_kernel_takes_any_more_are_refused():
+    tiles = {"block_n": 256, "slice_tiles": 8, "num_warps": 8, "num_stages": 3}
+    row = {"kernel": "rotate_int4_linear", "max_tokens": 2, "K": 128, "N": 8, "source": "tuned:card", "tiles": tiles}
+    with pytest.raises(
+        ConfigError, match=r"here\.json must be .* must be at most 8, got 8 and 2.*; delete or tune it anew"
+    ):
+        cost_model.parse_table(json.dumps({"rows": [row]}), "here.json")
+
+
 @pytest.mark.parametrize("text", ["{", "{}", '{"rows": [{"kernel": "rotate"}]}', "[]"])
 def test_a_malformed_table_is_refused(text):
     with pytest.raises(ConfigError, match=r"here\.json must be a launch table of kernels"):

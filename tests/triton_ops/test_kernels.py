@@ -167,6 +167,8 @@ def test_what_does_not_fit_is_refused(device):
         rotate_int4_linear(x[:4], rotation, weight, None, [16], locks, FusedTiles(32, 8, 4, 2), ptx=True)
     with pytest.raises(ShapeError, match=r"K in 1 tiles of 128, got \(1, 5, 256\)"):
         int4_linear(torch.cat((x, x), 1)[None], weight, None, [16], 64, locks, linear, ptx=True)
+    with pytest.raises(ShapeError, match=r"bias must be \(16,\), one number per column of all siblings, got \(8,\)"):
+        int4_linear(x[None], weight, x.new_zeros(8), [16], 64, locks, linear, ptx=True)
     with pytest.raises(ShapeError, match="ends must be 1 rising columns, the last 16, got \\[8\\]"):
         int4_linear(x[None], weight, None, [8], 64, locks, linear, ptx=True)
     with pytest.raises(ShapeError, match="one launch takes 1 to 4 rotations, got 5"):

@@ -57,10 +57,12 @@ def test_rows_are_merged_by_shape():
     from parofx.triton_ops import tuning
 
     def row(tokens, block_m):
-        tiles = {"block_m": block_m, "block_n": 64, "split_k": 1, "swap_ab": False, "num_warps": 4, "num_stages": 3}
+        tiles = {"block_m": block_m, "block_n": 64, "split_k": 1, "swap_ab": False, "num_warps": 4, "num_stages": 7}
         return cost_model.Row("int4_linear", tokens, 256, 64, "tuned:a card", tiles)
 
+    assert cost_model.choose_product(16, 256, 64, "sm_90").num_stages != 7  # asked before, so that it is cached
     tuning.write_rows([row(16, 16), row(1, 16)], "sm_90")
+    assert cost_model.choose_product(16, 256, 64, "sm_90").num_stages == 7
     tuning.write_rows([row(16, 32)], "sm_90")
     tuned = [one for one in cost_model.launch_table("sm_90") if one.source == "tuned:a card"]
     assert [(one.max_tokens, one.tiles["block_m"]) for one in tuned] == [(1, 16), (16, 32)]
