@@ -200,16 +200,21 @@ def plot(report: dict[str, Any], path: Path) -> None:
     names = [name for name in rows[0]["us"] if "no rotation" not in name and name != "aten int4pack"]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
     width = 0.8 / len(names)
     for index, name in enumerate(names):
-        heights = [row["us"]["aten int4pack"] / row["us"][name] for row in rows]
+        ratios = [row["us"]["aten int4pack"] / row["us"][name] for row in rows]
         places = [place + (index - len(names) / 2 + 0.5) * width for place in range(len(rows))]
-        axes.bar(places, heights, width, label=name, hatch=None if name.startswith("parofx") else "//")
+        # Bars begin at 1, where ATen is.
+        heights = [ratio - 1 for ratio in ratios]
+        axes.bar(places, heights, width, bottom=1, label=name, hatch=None if name.startswith("parofx") else "//")
     axes.axhline(1, color="black", linewidth=0.8)
-    labels = [f"{row['in_features']}x{row['out_features']}\n{row['rows']} rows" for row in rows]
+    labels = [f"{row['in_features']}x{row['out_features']}\nM = {row['rows']}" for row in rows]
     axes.set_xticks(range(len(rows)), labels)
     axes.set_ylabel("speed relative to ATen int4pack")
-    axes.set_title(f"{report['cpu']}, {report['threads']} thread(s); parofx rotates, the others do not", fontsize=10)
+    about = f"{report['cpu']}, {report['isa']}, {report['threads']} thread(s)"
+    axes.set_title(f"{about}; parofx rotates, the others do not", fontsize=10)
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=110)
 

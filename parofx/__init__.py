@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from parofx.checkpoint import load_pretrained, save_pretrained
     from parofx.config import CalibrationConfig, ParoConfig
     from parofx.dequantization import dequantize
+    from parofx.eager import set_eager_activations
     from parofx.errors import ParoError
     from parofx.nn import ParoLinear
     from parofx.passes.capture import capture
@@ -46,6 +47,7 @@ _PUBLIC = {
     "prepare": "parofx.api",
     "quantize": "parofx.quantization",
     "save_pretrained": "parofx.checkpoint",
+    "set_eager_activations": "parofx.eager",
 }
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "prepare",
     "quantize",
     "save_pretrained",
+    "set_eager_activations",
 ]
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from parofx.config import Activations
+
 #: Tensors that several modules may hold, by role and content.
 _shared: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakValueDictionary()
 #: Tensor → what was loaded in its place; siblings that hold it still will take the same.
@@ -46,8 +48,21 @@ class KernelLayout(Protocol):
         """Invert `pack`: fresh tensors, equal to the last bit."""
         ...
 
-    def linear(self, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None, group_size: int) -> Tensor:
-        """Return `(…, N)` for `x (…, K)`; differentiable in `x`, and one operator call where a graph is traced."""
+    def linear(
+        self,
+        x: Tensor,
+        packed: Mapping[str, Tensor],
+        bias: Tensor | None,
+        group_size: int,
+        eager_activations: Activations = "float",
+    ) -> Tensor:
+        """Return `(…, N)` for `x (…, K)`; differentiable in `x`, and one operator call where a graph is traced.
+
+        Outside of graphs `eager_activations` `"int8"` quantizes rotated activations per (row, group).
+
+        Raises:
+            LoweringError: if activations cannot be quantized here.
+        """
         ...
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from parofx import kernel_layouts, linear_tensors, packing, rotation
 from parofx import ops as _ops  # noqa: F401  (registers torch.ops.parofx)
+from parofx.config import Activations
 from parofx.cpu_ops import packed_linear as _packed_linear  # noqa: F401  (registers its layout)
-from parofx.errors import ShapeError
+from parofx.errors import LoweringError, ShapeError
 from parofx.linear_tensors import ROTATION_NAMES, TENSOR_NAMES, check_tensors, tensor_specs
 
 __all__ = ["CHECKPOINT", "ROTATION_NAMES", "TENSOR_NAMES", "ParoLinear", "check_tensors", "tensor_specs"]
@@ -67,6 +68,8 @@ class ParoLinear(nn.Module):
     bias: Tensor | None
     #: There is no float weight; model code that asks for its dtype first tests whether it is a tensor.
     weight: None = None
+    #: What forwards outside of compiled graphs multiply; `parofx.set_eager_activations` sets it.
+    eager_activations: Activations = "float"
     #: Name of the layout; None until the next forward decides.
     _layout: str | None = None
     #: While packed: the siblings that held the same rotation before.
@@ -127,12 +130,23 @@ class ParoLinear(nn.Module):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `(…, N)` for `x (…, K)`, in `x`'s dtype."""
+        """Return `(…, N)` for `x (…, K)`, in `x`'s dtype.
+
+        Raises:
+            LoweringError: if `eager_activations` asks for what the kernels do not do for `x`.
+        """
         layout = self._settle()
         # Not by attribute, which Dynamo would trace through `__getattr__` for every buffer.
         buffers: dict[str, Any] = self._buffers
         if layout != CHECKPOINT:
-            return kernel_layouts.by_name(layout).linear(x, buffers, buffers["bias"], self.group_size)
+            kernels = kernel_layouts.by_name(layout)
+            return kernels.linear(x, buffers, buffers["bias"], self.group_size, self.eager_activations)
+        if self.eager_activations != "float" and not torch.compiler.is_compiling():
+            raise LoweringError(
+                f"{self.eager_activations} activations need kernels, and there are none for group_size "
+                f"{self.group_size} on {buffers['qweight'].device} here; call "
+                "parofx.set_eager_activations(model, 'float') first"
+            )
         result: Tensor = torch.ops.parofx.rotate_int4_linear(
             x,
             buffers["pairs"],

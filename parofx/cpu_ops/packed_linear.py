@@ -21,6 +21,8 @@ from torch import Tensor
 from parofx import cpu_ops, kernel_layouts, ops
 from parofx.config import Activations
 from parofx.cpu_ops import layout
+from parofx.errors import LoweringError
+from parofx.ops.autocast import as_autocast
 from parofx.packing import CODES_PER_WORD
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,12 +129,40 @@ def _kernels_serve(x: Tensor) -> bool:
 
 
 def _run_kernels(
-    x: Tensor, rotation: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int
+    x: Tensor,
+    rotation: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    activations: Activations = "float",
 ) -> Tensor:
     result: Tensor = torch.ops.parofx_cpu.rotate_linear.default(
-        x, rotation, weight, scales, zeros, bias, BITS, group_size, ACTIVATION_MODES["float"]
+        x, rotation, weight, scales, zeros, bias, BITS, group_size, ACTIVATION_MODES[activations]
     )
     return result
+
+
+def _quantizable(x: Tensor) -> Tensor:
+    """Return `x` as the kernels take it to quantize it: cast where autocast asks for that.
+
+    Raises:
+        LoweringError: if it requires a gradient, or the kernels do not serve it.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise LoweringError(
+            "int8 activations have no gradient, and the input requires one: call the model under torch.no_grad(), or "
+            "parofx.set_eager_activations(model, 'float') first"
+        )
+    if torch.is_autocast_enabled("cpu"):
+        x = as_autocast(x, "cpu")
+    if not _kernels_serve(x):
+        raise LoweringError(
+            f"int8 activations are quantized on cpu, from one of {DTYPES}: got {x.dtype} on {x.device}; convert the "
+            "input, or call parofx.set_eager_activations(model, 'float') first"
+        )
+    return x
 
 
 class CpuLayout:
@@ -175,10 +205,23 @@ class CpuLayout:
             "channel_scales": channel_scales,
         }
 
-    def linear(self, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None, group_size: int) -> Tensor:
-        """Return `(…, N)` for `x (…, K)`; differentiable in `x`, and one operator call where a graph is traced."""
+    def linear(
+        self,
+        x: Tensor,
+        packed: Mapping[str, Tensor],
+        bias: Tensor | None,
+        group_size: int,
+        eager_activations: Activations = "float",
+    ) -> Tensor:
+        """Return `(…, N)` for `x (…, K)`; differentiable in `x`, and one operator call where a graph is traced.
+
+        Raises:
+            LoweringError: if activations are to be quantized, and `x` requires a gradient or is not for the kernels.
+        """
         rotation, theta, weight = packed["cpu_rotation"], packed["cpu_theta"], packed["cpu_weight"]
         scales, zeros = packed["cpu_scales"], packed["cpu_zeros"]
+        if eager_activations == "int8" and not torch.compiler.is_compiling():
+            return _run_kernels(_quantizable(x), rotation, weight, scales, zeros, bias, group_size, "int8")
         # Outside of graphs, with no gradient to record and nothing to cast, the kernel is called directly.
         direct = not (
             torch.compiler.is_compiling()

@@ -23,9 +23,14 @@ def cast_activation(op: CustomOpDef) -> None:
         _library.impl(op._name, partial(_call, op._opoverload, device), key)  # type: ignore[no-untyped-call]
 
 
-def _call(overload: Any, device: str, x: Tensor, *args: Any) -> Any:
+def as_autocast(x: Tensor, device: str) -> Tensor:
+    """Return an activation as autocast on a type of device hands it on."""
     if x.is_floating_point() and x.device.type == device and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _call(overload: Any, device: str, x: Tensor, *args: Any) -> Any:
     # What the reference computes in fp32 stays in fp32.
     with torch._C._DisableAutocast():
-        return overload(x, *args)
+        return overload(as_autocast(x, device), *args)

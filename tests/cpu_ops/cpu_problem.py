@@ -1,6 +1,7 @@
 """Random problems for the CPU kernels and their answer in fp64, written from the method alone."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Problem:
     group_size: int
     bits: int = 4
 
-    def packed(self) -> tuple[object, ...]:
+    def packed(self) -> tuple[list[Any], ...]:
         pack = cpu_ops.pack_codes if self.bits == 4 else cpu_ops.pack_byte_codes
         weights, scales, zeros = zip(
             *(pack(each.codes, each.zeros, each.scales, self.group_size) for each in self.linears),
@@ -54,17 +55,22 @@ class Problem:
             ]
         return blobs, list(weights), list(scales), list(zeros), [each.bias for each in self.linears]
 
-    def run(self, x: Tensor, mode: int = 0) -> list[Tensor]:
+    def call(self, x: Tensor, mode: int = 0) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        """The operator for so many linears, and its arguments."""
         cpu_ops.load()
         packed = self.packed()
+        if len(self.linears) > 1:
+            return torch.ops.parofx_cpu.rotate_int4_linear.default, (x, *packed, self.group_size, mode)
+        alone = [each[0] for each in packed]
+        return torch.ops.parofx_cpu.rotate_linear.default, (x, *alone, self.bits, self.group_size, mode)
+
+    def run(self, x: Tensor, mode: int = 0) -> list[Tensor]:
+        op, arguments = self.call(x, mode)
         # Freed at once, so that the allocator hands this memory to the outputs: what is not written stays NaN.
         for each in self.linears:
             torch.full((*x.shape[:-1], each.codes.shape[1]), torch.nan, dtype=x.dtype)
-        if len(self.linears) > 1:
-            return torch.ops.parofx_cpu.rotate_int4_linear(x, *packed, self.group_size, mode)
-        (rotation,), (weight,), (scales,), (zeros,), (bias,) = packed
-        arguments = (rotation, weight, scales, zeros, bias, self.bits, self.group_size, mode)
-        return [torch.ops.parofx_cpu.rotate_linear(x, *arguments)]
+        result = op(*arguments)
+        return result if isinstance(result, list) else [result]
 
     def rotate(self, x: Tensor, index: int) -> Tensor:
         """x after channel scales and rounds, fp64, in gather form."""
