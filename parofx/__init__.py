@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from parofx.nn import ParoLinear
     from parofx.passes.capture import capture
     from parofx.pipeline import Pipeline
+    from parofx.planning import QuantizationPlan, plan_quantization
     from parofx.quantization import quantize
     from parofx.report import FloatReason, QuantizationReport
 
@@ -35,6 +36,7 @@ _PUBLIC = {
     "ParoError": "parofx.errors",
     "ParoLinear": "parofx.nn",
     "Pipeline": "parofx.pipeline",
+    "QuantizationPlan": "parofx.planning",
     "QuantizationReport": "parofx.report",
     "calibrate": "parofx.api",
     "capture": "parofx.passes.capture",
@@ -43,6 +45,7 @@ _PUBLIC = {
     "explain": "parofx.api",
     "load_pretrained": "parofx.checkpoint",
     "lower": "parofx.api",
+    "plan_quantization": "parofx.planning",
     "prepare": "parofx.api",
     "quantize": "parofx.quantization",
     "save_pretrained": "parofx.checkpoint",
@@ -56,6 +59,7 @@ __all__ = [
     "ParoError",
     "ParoLinear",
     "Pipeline",
+    "QuantizationPlan",
     "QuantizationReport",
     "__version__",
     "calibrate",
@@ -65,6 +69,7 @@ __all__ = [
     "explain",
     "load_pretrained",
     "lower",
+    "plan_quantization",
     "prepare",
     "quantize",
     "save_pretrained",

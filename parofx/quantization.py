@@ -75,16 +75,7 @@ def quantize(
     """
     start = time.perf_counter()
     config = config or ParoConfig()
-    if not isinstance(config, ParoConfig):
-        raise ConfigError(f"config must be a ParoConfig, got {type(config).__name__}; build it with ParoConfig(...)")
-    if any(isinstance(module, ParoLinear) for module in model.modules()):
-        raise ConfigError("the model holds ParoLinear modules already; parofx.dequantize(model) gives float ones back")
-    _check_patterns(model, config)
-    batches = None if calibration is None else _batches(model, config, calibration, tokenizer)
-    inputs = _example_inputs(model, example_inputs, batches)
-    if batches is not None and isinstance(inputs, tuple):
-        inputs = _named(model, inputs)  # as the batches are
-    gm = capture(model, *inputs) if isinstance(inputs, tuple) else capture(model, inputs)
+    gm, batches = captured(model, config, calibration=calibration, tokenizer=tokenizer, example_inputs=example_inputs)
     pipeline = Pipeline(
         [
             InsertTransforms(config, output_heads=output_heads(model), replace_modules=True),
@@ -111,6 +102,22 @@ def quantize(
         _write_back(model, modules)
     _warn(report)
     return report
+
+
+def captured(
+    model: nn.Module, config: ParoConfig, *, calibration: object, tokenizer: Any, example_inputs: object
+) -> tuple[GraphModule, list[dict[str, Any]] | None]:
+    """Check what `quantize` was given; return the model's graph (stage FLOAT) and the calibration batches."""
+    if not isinstance(config, ParoConfig):
+        raise ConfigError(f"config must be a ParoConfig, got {type(config).__name__}; build it with ParoConfig(...)")
+    if any(isinstance(module, ParoLinear) for module in model.modules()):
+        raise ConfigError("the model holds ParoLinear modules already; parofx.dequantize(model) gives float ones back")
+    _check_patterns(model, config)
+    batches = None if calibration is None else _batches(model, config, calibration, tokenizer)
+    inputs = _example_inputs(model, example_inputs, batches)
+    if batches is not None and isinstance(inputs, tuple):
+        inputs = _named(model, inputs)  # as the batches are
+    return (capture(model, *inputs) if isinstance(inputs, tuple) else capture(model, inputs)), batches
 
 
 def _check_patterns(model: nn.Module, config: ParoConfig) -> None:

@@ -75,7 +75,7 @@ class DataRun:
         self._full = config.calibration.rounding == "feedback"
         self._statistics: dict[str, InputStatistics] = {}
         self._held_out: dict[str, InputStatistics] = {}
-        self._first_held_out = _first_held_out(self._batches, config.calibration.validation_samples)
+        self._first_held_out = first_held_out(self._batches, config.calibration.validation_samples)
         self._batch = 0
 
     def run(self) -> None:
@@ -179,7 +179,7 @@ class DataRun:
         return CalibrationStore(calibration.work_dir, digest, resume=calibration.resume)
 
 
-def _first_held_out(batches: Sequence[Mapping[str, Any]], samples: int) -> int:
+def first_held_out(batches: Sequence[Mapping[str, Any]], samples: int) -> int:
     """Return the first of the trailing batches that hold about so many samples; half the batches stay in front."""
     first = len(batches)
     while samples > 0 and first > max(1, len(batches) - len(batches) // 2):
