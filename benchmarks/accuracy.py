@@ -213,7 +213,8 @@ def _save(rows: dict[str, Any], options: argparse.Namespace, target: Path) -> No
 
 
 def _print(rows: dict[str, Any], options: argparse.Namespace) -> None:
-    title = f"{Path(options.model).stem}, {options.windows} windows of {options.seqlen} tokens"
+    windows = rows["float"]["seeds"][0]["windows"]
+    title = f"{Path(options.model).stem}, {windows} windows of {options.seqlen} tokens"
     table = Table(title=title)
     for heading in ("weights", "bits", "perplexity", "gap", "of GPTQ's", "KL", "KL 99 %", "top-1", "s", "seeds"):
         table.add_column(heading, justify="left" if heading == "weights" else "right")

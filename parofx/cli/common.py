@@ -90,7 +90,7 @@ def load(
 
 
 def find_device(device: DeviceName) -> str:
-    """Return the device that an option names.
+    """Return the device that an option names; under `torchrun` the CUDA device of this process.
 
     Raises:
         ConfigError: if it is CUDA and there is none.
@@ -98,10 +98,11 @@ def find_device(device: DeviceName) -> str:
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; use --device cpu")
-    return device
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
 
 
 def write_json(path: Path, value: object) -> None:

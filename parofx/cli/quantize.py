@@ -22,6 +22,7 @@ from parofx.cli.common import (
 )
 from parofx.cli.options import build_config, config_options
 from parofx.cli.plan import print_plan
+from parofx.cli.processes import joined
 from parofx.errors import CheckpointError
 
 #: What `inspect` reads the layers' errors from.
@@ -65,6 +66,7 @@ def quantize(
     parofx quantize ./llama -o out --group-size 64 --krot 4
     parofx quantize ./llama -o out --modules-to-not-convert 'model.layers.0.*'
 
+    Under torchrun several processes share the calibration data: torchrun --nproc-per-node 2 -m parofx quantize …
     With --work-dir a killed run goes on at the block it was in, when the same command is given again.
     """  # noqa: D301
     chosen = build_config(config, options)
@@ -92,9 +94,12 @@ def quantize(
             )
         print_plan(plan)
         return
-    report = parofx.quantize(
-        loaded.model, chosen, calibration=_calibration(calibration), tokenizer=loaded.tokenizer, progress=True
-    )
+    with joined(find_device(device)) as writes:
+        report = parofx.quantize(
+            loaded.model, chosen, calibration=_calibration(calibration), tokenizer=loaded.tokenizer, progress=True
+        )
+    if not writes:
+        return
     with errors_console.status(f"saving to {output} …"):
         parofx.save_pretrained(loaded.model, output, tokenizer=loaded.tokenizer, overwrite=overwrite)
         report.save(output / REPORT_FILE)
