@@ -209,7 +209,7 @@ def _checkpoint_bytes(model: nn.Module, linears: Sequence[PlannedLinear]) -> int
     packed = {id(model.get_submodule(linear.name)): linear.packed_bytes for linear in linears}
     modules = dict(model.named_modules(remove_duplicate=False))
     quantized = {name for name, module in modules.items() if id(module) in packed}
-    floats = {
+    floats: dict[int, int] = {
         id(tensor): tensor.nbytes
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name.rpartition(".")[0] not in quantized
