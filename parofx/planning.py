@@ -155,7 +155,7 @@ def plan_quantization(
         blocks=blocks,
         sequences=sum(map(_sequences, batches or ())),
         tokens=sum(map(_tokens, batches or ())),
-        steps=config.calibration.steps * len(transforms) + (_trained_steps(config, batches or (), blocks)),
+        steps=config.calibration.steps * len(transforms) + _trained_steps(config, batches or (), blocks),
         memory=memory_terms(
             config,
             shapes,

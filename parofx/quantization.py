@@ -54,6 +54,9 @@ def quantize(
     The model is captured as a graph; what becomes of each linear is decided there and not by names. Modules are
     replaced after everything is computed: on an error or Ctrl-C the model is as before.
 
+    Where `torch.distributed` is initialized, all its processes must call this alike: they share the calibration data,
+    and each ends with the same model.
+
     Args:
         model: any module; a Transformers model also gets its quantization config, so that `save_pretrained` works.
         config: what is quantized and how; `ParoConfig()` by default.

@@ -75,7 +75,9 @@ def memory_terms(
         "forward": max((one.forward for one in segments), default=0),
         "fit": max((_fit(shape, feedback) for shape in shapes), default=0),
         "results": 2 * packed_bytes
-        + sum(8 * one.weights // one.group_size + feedback_weight(one, itemsize, feedback or trains) for one in shapes),
+        + sum(
+            8 * one.weights // one.group_size + _rounded_weights(one, itemsize, feedback or trains) for one in shapes
+        ),
     }
     if trains:
         blocks = [[by_name[name] for name in one.transforms] for one in segments]
@@ -86,7 +88,7 @@ def memory_terms(
     return terms
 
 
-def feedback_weight(shape: TransformShape, itemsize: int, rounded: bool) -> int:
+def _rounded_weights(shape: TransformShape, itemsize: int, rounded: bool) -> int:
     """Return the bytes of the rounded weights that the graph reads in place of the model's own, and their codes."""
     return shape.weights * (itemsize + 1) if rounded else 0
 

@@ -18,7 +18,7 @@ import torch
 from parofx.calibration.fitting import Rotated, round_rotated
 from parofx.calibration.memory import TransformShape
 from parofx.calibration.precision import product_precision
-from parofx.calibration.range_objective import fit_transform
+from parofx.calibration.range_objective import TransformFit, fit_transform
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.traffic import SegmentTraffic
 from parofx.config import CalibrationConfig
@@ -67,10 +67,9 @@ def estimate_seconds(
         per_product = _update(widest, full, device)
     sizes = {one.name: one for one in shapes}
     for one in segments:
-        tokens = one.rows * max(1, config.samples // config.batch_size)
         for name in one.transforms:
             width = sizes[name].in_features if full else sizes[name].group_size
-            seconds += per_product * tokens * sizes[name].in_features * width
+            seconds += per_product * one.all_rows * sizes[name].in_features * width
     passes = 1 + config.trains_blocks
     epochs = config.transform_epochs + config.weight_epochs + config.tune_epochs
     return seconds + per_flop * sum(one.flops for one in segments) * (passes + _TRAINING_FORWARDS * epochs)
@@ -83,19 +82,14 @@ def _fit(shape: TransformShape, config: CalibrationConfig, with_data: bool, bits
     statistics = InputStatistics(shape.in_features, shape.group_size, full=config.rounding == "feedback")
     statistics.update(torch.randn(_ROWS, shape.in_features, device=device))
     steps = min(config.steps, _STEPS)
-    few = dataclasses.replace(config, steps=steps)
-    size = {"bits": bits, "group_size": shape.group_size}
+    size = {"bits": bits, "group_size": shape.group_size, "krot": shape.krot}
 
-    def start() -> object:
+    def fitted(steps: int) -> TransformFit:
         return fit_transform(
-            [weight], statistics.power, **size, krot=shape.krot, config=dataclasses.replace(config, steps=0), seed=0
+            [weight], statistics.power, **size, config=dataclasses.replace(config, steps=steps), seed=config.seed
         )
 
-    def fit() -> object:
-        with torch.enable_grad():
-            return fit_transform([weight], statistics.power, **size, krot=shape.krot, config=few, seed=0)
-
-    found = fit_transform([weight], statistics.power, **size, krot=shape.krot, config=few, seed=0)
+    found = fitted(0)
     transform = Rotated(found.pairs, found.theta, found.channel_scales, shape.group_size)
     rotated = [transform.weight(weight[:rows])]
 
@@ -103,7 +97,8 @@ def _fit(shape: TransformShape, config: CalibrationConfig, with_data: bool, bits
         given = statistics if with_data else None
         return round_rotated(rotated, transform, given, None, bits=bits, config=config, losses=(0.0, 0.0))
 
-    per_step = max(0.0, _timed(fit, device) - _timed(start, device)) / max(steps, 1)
+    in_steps = _timed(lambda: fitted(steps), device) - _timed(lambda: fitted(0), device)
+    per_step = max(0.0, in_steps) / max(steps, 1)
     return per_step * config.steps + _timed(rounding, device) * shape.out_features / rows
 
 

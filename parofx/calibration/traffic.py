@@ -33,6 +33,7 @@ class SegmentTraffic:
         saved: bytes of all that its largest forward computes, of one batch.
         flops: of its forwards.
         rows: rows of the largest batch that reach one of its transforms.
+        all_rows: those of all batches.
     """
 
     transforms: tuple[str, ...]
@@ -42,6 +43,7 @@ class SegmentTraffic:
     saved: int = 0
     flops: int = 0
     rows: int = 0
+    all_rows: int = 0
 
 
 def measure_segments(gm: GraphModule, batches: Sequence[Mapping[str, Any]]) -> tuple[SegmentTraffic, ...]:
@@ -69,6 +71,7 @@ def measure_segments(gm: GraphModule, batches: Sequence[Mapping[str, Any]]) -> t
             segment.forward = max(segment.forward, runner.peak)
             segment.saved = max(segment.saved, runner.total)
             segment.rows = max(segment.rows, runner.rows)
+            segment.all_rows += count * runner.rows
     return tuple(segments.values())[: last + 1]
 
 
