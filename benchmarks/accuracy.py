@@ -1,18 +1,20 @@
 """One table of 4-bit recipes: the same model, text, windows and evaluation code for every row.
 
     python -m benchmarks.accuracy MODEL --calibration a.txt --evaluation b.txt
-    python -m benchmarks.accuracy MODEL … --rows 'ablation*' --seeds 1
+    python -m benchmarks.accuracy MODEL … --rows 'ablation*' --seeds 0
     python -m benchmarks.accuracy MODEL … --write-tokens tokens.safetensors --rows float
     python -m benchmarks.accuracy MODEL … --peer out/hqq --peer out/autoround
 
 MODEL is a folder, a hub id or a `.gguf` file. The weights of every row are evaluated as floats of the model's dtype, so
 that rows differ in nothing but the weights. Intervals are of 95 %, over windows. Bits per weight count codes, scales,
-zeros and rotations. Rows with a seed are run once per seed and averaged.
+zeros and rotations. Rows with a seed are run once per seed; the mean over seeds is followed by their standard
+deviation. "of GPTQ's" is a row's perplexity gap to float over that of the GPTQ row.
 
 Other packages quantize in environments of their own: `benchmarks/peers/` has one script per package that reads the
 calibration tokens written by `--write-tokens` and leaves a folder of plain weights, which `--peer` evaluates here.
 
-Results go to `benchmarks/results/accuracy-NAME.json`, with a plot beside it; `--resume` skips rows that are there.
+Results go to `benchmarks/results/accuracy-NAME.json`, with a plot beside it, after every run; `--resume` skips the runs
+that are there.
 Without texts it measures SmolLM2-135M-Instruct on what every Python installation has, in a few windows.
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import time
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -47,10 +50,11 @@ _INTERVAL = 1.96
 NEAREST = CalibrationConfig(steps=0, clip_ratios=(1.0,), rounding="nearest")
 GPTQ = CalibrationConfig(steps=0, clip_ratios=(1.0,), rounding="feedback", damping=(0.01,), sweeps=0)
 FAST = CalibrationConfig()
+_GPTQ = "GPTQ (our error feedback, no transform)"
 #: Row → configuration, and whether calibration data is given.
 ROWS: dict[str, tuple[ParoConfig, bool]] = {
     "round to nearest": (ParoConfig(krot=0, calibration=NEAREST), False),
-    "GPTQ (our error feedback, no transform)": (ParoConfig(krot=0, calibration=GPTQ), True),
+    _GPTQ: (ParoConfig(krot=0, calibration=GPTQ), True),
     "parofx data-free": (ParoConfig(calibration=CalibrationConfig(recipe="data-free")), False),
     "parofx fast": (ParoConfig(calibration=FAST), True),
     "parofx best": (ParoConfig(calibration=CalibrationConfig(recipe="best")), True),
@@ -66,7 +70,13 @@ ROWS: dict[str, tuple[ParoConfig, bool]] = {
     "ablation: group size 64": (ParoConfig(group_size=64, calibration=FAST), True),
 }
 #: Rows that are the same whatever the seed.
-_SEEDLESS = ("round to nearest", "GPTQ (our error feedback, no transform)", "ablation: no transform")
+_SEEDLESS = ("round to nearest", _GPTQ, "ablation: no transform")
+#: What is averaged over seeds.
+_MEANS = (
+    "perplexity", "perplexity_error", "kl_mean", "kl_error", "kl_p99", "top1_agreement", "quantize_seconds",
+)  # fmt: skip
+#: Options in which all runs of a table must agree.
+_COMMON = ("calibration", "evaluation", "samples", "seqlen", "windows", "dtype", "kl")
 
 
 def main() -> None:
@@ -79,31 +89,35 @@ def main() -> None:
         save_file({"input_ids": calibration}, options.write_tokens)
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"accuracy-{Path(options.model).stem}.json"
-    rows: dict[str, Any] = json.loads(target.read_text())["rows"] if options.resume and target.exists() else {}
+    rows = _earlier_rows(options, target)
     if "float" not in rows:
         result = evaluate(model, windows, batch_size=options.batch_size, progress=True)
-        _note(rows, "float", [result], 8.0 * dtype.itemsize, [0.0])
+        _note(rows, "float", result, 8.0 * dtype.itemsize, 0.0)
+        _save(rows, options, target)
     for name, (config, with_data) in ROWS.items():
-        if name in rows or not any(fnmatch(name, pattern) for pattern in options.rows):
+        if not any(fnmatch(name, pattern) for pattern in options.rows):
             continue
-        results, seconds, bits = [], [], 0.0
-        for seed in range(1 if name in _SEEDLESS else options.seeds):
+        done = {run["seed"] for run in rows[name]["seeds"]} if name in rows else set()
+        for seed in options.seeds[:1] if name in _SEEDLESS else options.seeds:
+            if seed in done or (done and name in _SEEDLESS):
+                continue
             seeded = replace(config, calibration=replace(config.calibration, seed=seed))
             quantized, _ = load_model(options.model, dtype=dtype)
             start = time.perf_counter()
             report = parofx.quantize(quantized, seeded, calibration=calibration if with_data else None)
-            seconds.append(time.perf_counter() - start)
-            bits = report.bits_per_weight
-            results.append(_evaluate(parofx.dequantize(quantized, dtype=dtype), model, windows, options))
+            seconds = time.perf_counter() - start
+            result = _evaluate(parofx.dequantize(quantized, dtype=dtype), model, windows, options)
+            _note(rows, name, result, report.bits_per_weight, seconds, seed)
+            _save(rows, options, target)
             del quantized
             gc.collect()
-        _note(rows, name, results, bits, seconds)
-        _save(rows, options, target)
     for folder in options.peer:
         peer = json.loads((Path(folder) / "peer.json").read_text())
         quantized, _ = load_model(folder, dtype=dtype)
         result = _evaluate(quantized, model, windows, options)
-        _note(rows, f"{peer['name']} {peer['version']}", [result], peer["bits_per_weight"], [peer["seconds"]])
+        name = f"{peer['name']} {peer['version']}"
+        rows.pop(name, None)
+        _note(rows, name, result, peer["bits_per_weight"], peer["seconds"])
     _save(rows, options, target)
     _print(rows, options)
 
@@ -117,20 +131,20 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512, help="of calibration and evaluation")
     parser.add_argument("--windows", type=int, help="evaluation windows; 100, or 8 without texts")
     parser.add_argument("--batch-size", type=int, help="of evaluation")
-    parser.add_argument("--seeds", type=int, help="runs per row; 3, or 1 without texts")
+    parser.add_argument("--seeds", type=int, nargs="+", help="one run of a row each; 0 1 2, or 0 without texts")
     parser.add_argument("--rows", action="append", help="name or pattern; may be repeated; all but the ablations")
     parser.add_argument("--peer", action="append", default=[], help="folder that a script of benchmarks/peers wrote")
     parser.add_argument("--write-tokens", help="also write the calibration tokens to this safetensors file")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True, help="also compare distributions")
-    parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that are in the results")
     options = parser.parse_args()
     if bool(options.calibration) != bool(options.evaluation):
         parser.error("give --calibration and --evaluation together: the texts must not be the same")
     small = not options.evaluation
     options.model = options.model or packaged_model()
     options.windows = options.windows or (8 if small else 100)
-    options.seeds = options.seeds or (1 if small else 3)
+    options.seeds = options.seeds or ([0] if small else [0, 1, 2])
     options.rows = options.rows or (["round*", "*data-free", "*fast"] if small else ["round*", "GPTQ*", "parofx*"])
     return options
 
@@ -160,41 +174,62 @@ def _evaluate(model: Any, reference: Any, windows: torch.Tensor, options: argpar
     return evaluate(model, windows, reference=reference, batch_size=options.batch_size, progress=True)
 
 
-def _note(rows: dict[str, Any], name: str, results: list[EvalResult], bits: float, seconds: list[float]) -> None:
-    def mean(key: str) -> float | None:
-        values = [getattr(result, key) for result in results]
-        return None if None in values else sum(values) / len(values)
+def _earlier_rows(options: argparse.Namespace, target: Path) -> dict[str, Any]:
+    """Return the rows that are kept: those of runs on the same data."""
+    if not options.resume or not target.exists():
+        return {}
+    earlier = json.loads(target.read_text())
+    wanted, found = _settings(options), earlier["options"]
+    differing = [name for name in _COMMON if wanted[name] != found.get(name)]
+    if differing:
+        told = ", ".join(f"{name} {found.get(name)} (now {wanted[name]})" for name in differing)
+        raise SystemExit(f"--resume: {target} was measured with {told}; give the same options, or leave out --resume")
+    rows: dict[str, Any] = earlier["rows"]
+    return rows
 
-    keys = ("perplexity", "perplexity_error", "kl_mean", "kl_error", "kl_p99", "top1_agreement")
-    rows[name] = {
-        **{key: mean(key) for key in keys},
-        "bits_per_weight": bits,
-        "quantize_seconds": sum(seconds) / len(seconds),
-        "seeds": [result.to_dict() for result in results],
-    }
+
+def _note(
+    rows: dict[str, Any], name: str, result: EvalResult, bits: float, seconds: float, seed: int | None = None
+) -> None:
+    """Add a run to its row."""
+    runs = rows[name]["seeds"] if name in rows else []
+    runs.append({"seed": seed, "quantize_seconds": seconds, **result.to_dict()})
+    rows[name] = {"bits_per_weight": bits, "seeds": runs}
+    for key in _MEANS:
+        values = [run[key] for run in runs]
+        rows[name][key] = None if None in values else statistics.mean(values)
+    several = len(runs) > 1
+    rows[name]["perplexity_spread"] = statistics.stdev(run["perplexity"] for run in runs) if several else None
+
+
+def _settings(options: argparse.Namespace) -> dict[str, str]:
+    return {key: str(value) for key, value in vars(options).items()}
 
 
 def _save(rows: dict[str, Any], options: argparse.Namespace, target: Path) -> None:
     unfinished = target.with_suffix(".unfinished")
-    settings = {key: str(value) for key, value in vars(options).items()}
-    unfinished.write_text(json.dumps({"options": settings, "rows": rows}, indent=1))
+    unfinished.write_text(json.dumps({"options": _settings(options), "rows": rows}, indent=1))
     unfinished.replace(target)
 
 
 def _print(rows: dict[str, Any], options: argparse.Namespace) -> None:
-    title = f"{Path(options.model).stem}, {options.windows} windows of {options.seqlen} tokens"
+    windows = rows["float"]["seeds"][0]["windows"]
+    title = f"{Path(options.model).stem}, {windows} windows of {options.seqlen} tokens"
     table = Table(title=title)
-    for heading in ("weights", "bits", "perplexity", "gap", "KL", "KL 99 %", "top-1", "seconds", "seeds"):
+    for heading in ("weights", "bits", "perplexity", "gap", "of GPTQ's", "KL", "KL 99 %", "top-1", "s", "seeds"):
         table.add_column(heading, justify="left" if heading == "weights" else "right")
     base = rows["float"]["perplexity"]
+    gptq = rows[_GPTQ]["perplexity"] - base if _GPTQ in rows else None
     for name, row in rows.items():
+        gap, spread = row["perplexity"] - base, row["perplexity_spread"]
         compared = row["kl_mean"] is not None
         interval = _INTERVAL * (row["perplexity_error"] or 0.0)
         table.add_row(
             name,
             f"{row['bits_per_weight']:.2f}",
             f"{row['perplexity']:.2f} ± {interval:.2f}",
-            "" if name == "float" else f"{row['perplexity'] - base:.2f}",
+            "" if name == "float" else f"{gap:.2f}" + ("" if spread is None else f" (σ {spread:.2f})"),
+            "" if name == "float" or not gptq else f"{gap / gptq:.2f}",
             f"{row['kl_mean']:.4f} ± {_INTERVAL * (row['kl_error'] or 0.0):.4f}" if compared else "",
             f"{row['kl_p99']:.3f}" if compared else "",
             f"{row['top1_agreement']:.3f}" if compared else "",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from parofx.nn import ParoLinear
     from parofx.passes.capture import capture
     from parofx.pipeline import Pipeline
+    from parofx.planning import QuantizationPlan, plan_quantization
     from parofx.quantization import quantize
     from parofx.report import FloatReason, QuantizationReport
 
@@ -36,6 +37,7 @@ _PUBLIC = {
     "ParoError": "parofx.errors",
     "ParoLinear": "parofx.nn",
     "Pipeline": "parofx.pipeline",
+    "QuantizationPlan": "parofx.planning",
     "QuantizationReport": "parofx.report",
     "calibrate": "parofx.api",
     "capture": "parofx.passes.capture",
@@ -44,6 +46,7 @@ _PUBLIC = {
     "explain": "parofx.api",
     "load_pretrained": "parofx.checkpoint",
     "lower": "parofx.api",
+    "plan_quantization": "parofx.planning",
     "prepare": "parofx.api",
     "quantize": "parofx.quantization",
     "save_pretrained": "parofx.checkpoint",
@@ -58,6 +61,7 @@ __all__ = [
     "ParoError",
     "ParoLinear",
     "Pipeline",
+    "QuantizationPlan",
     "QuantizationReport",
     "__version__",
     "calibrate",
@@ -67,6 +71,7 @@ __all__ = [
     "explain",
     "load_pretrained",
     "lower",
+    "plan_quantization",
     "prepare",
     "quantize",
     "save_pretrained",

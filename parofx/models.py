@@ -74,6 +74,53 @@ def load_model(
     return LoadedModel(model.eval(), _load_tokenizer(path if local else source, **options))
 
 
+def load_skeleton(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Build a model without its weights, on the meta device, and load its tokenizer; the arguments are `load_model`'s.
+
+    Only configuration and tokenizer are read, or downloaded.
+
+    Raises:
+        CheckpointError: if nothing is found, or it is a PARO checkpoint, which there is nothing left to do for.
+    """
+    path = Path(source).expanduser()
+    options: dict[str, Any] = {
+        "revision": revision,
+        "local_files_only": local_files_only,
+        "trust_remote_code": trust_remote_code,
+    }
+    if path.is_dir() and is_paro_checkpoint(path):
+        raise CheckpointError(f"{path} is a PARO checkpoint: expected a float model to plan for")
+    gguf = path.suffix.lower() == ".gguf"
+    if gguf:
+        options = {"gguf_file": path.name}
+    where = str(path.parent if gguf else path if path.is_dir() else source)
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(where, **options)
+        # As loading the weights would choose it.
+        dtype = dtype or (torch.bfloat16 if gguf else getattr(config, "dtype", None)) or torch.float32
+        auto = AutoModelForCausalLM if gguf else _auto_class(where, options)
+        with torch.device("meta"):
+            if hasattr(auto, "from_config"):
+                model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            else:
+                model = auto._from_config(config, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError, struct.error) as error:
+        raise CheckpointError(
+            f"could not read the configuration of {str(source)!r}: {error}\n"
+            "Expected a folder, a .gguf file, or a hub id"
+        ) from error
+    return LoadedModel(model.eval(), _load_tokenizer(where, **options))
+
+
 def is_paro_checkpoint(folder: str | Path) -> bool:
     """Return whether a folder's `config.json` says `quant_method: paroquant`."""
     config = Path(folder) / files.CONFIG_FILE

@@ -54,6 +54,9 @@ def quantize(
     The model is captured as a graph; what becomes of each linear is decided there and not by names. Modules are
     replaced after everything is computed: on an error or Ctrl-C the model is as before.
 
+    Where `torch.distributed` is initialized, all its processes must call this alike: they share the calibration data,
+    and each ends with the same model.
+
     Args:
         model: any module; a Transformers model also gets its quantization config, so that `save_pretrained` works.
         config: what is quantized and how; `ParoConfig()` by default.
@@ -75,16 +78,7 @@ def quantize(
     """
     start = time.perf_counter()
     config = config or ParoConfig()
-    if not isinstance(config, ParoConfig):
-        raise ConfigError(f"config must be a ParoConfig, got {type(config).__name__}; build it with ParoConfig(...)")
-    if any(isinstance(module, ParoLinear) for module in model.modules()):
-        raise ConfigError("the model holds ParoLinear modules already; parofx.dequantize(model) gives float ones back")
-    _check_patterns(model, config)
-    batches = None if calibration is None else _batches(model, config, calibration, tokenizer)
-    inputs = _example_inputs(model, example_inputs, batches)
-    if batches is not None and isinstance(inputs, tuple):
-        inputs = _named(model, inputs)  # as the batches are
-    gm = capture(model, *inputs) if isinstance(inputs, tuple) else capture(model, inputs)
+    gm, batches = captured(model, config, calibration=calibration, tokenizer=tokenizer, example_inputs=example_inputs)
     pipeline = Pipeline(
         [
             InsertTransforms(config, output_heads=output_heads(model), replace_modules=True),
@@ -111,6 +105,22 @@ def quantize(
         _write_back(model, modules)
     _warn(report)
     return report
+
+
+def captured(
+    model: nn.Module, config: ParoConfig, *, calibration: object, tokenizer: Any, example_inputs: object
+) -> tuple[GraphModule, list[dict[str, Any]] | None]:
+    """Check what `quantize` was given; return the model's graph (stage FLOAT) and the calibration batches."""
+    if not isinstance(config, ParoConfig):
+        raise ConfigError(f"config must be a ParoConfig, got {type(config).__name__}; build it with ParoConfig(...)")
+    if any(isinstance(module, ParoLinear) for module in model.modules()):
+        raise ConfigError("the model holds ParoLinear modules already; parofx.dequantize(model) gives float ones back")
+    _check_patterns(model, config)
+    batches = None if calibration is None else _batches(model, config, calibration, tokenizer)
+    inputs = _example_inputs(model, example_inputs, batches)
+    if batches is not None and isinstance(inputs, tuple):
+        inputs = _named(model, inputs)  # as the batches are
+    return (capture(model, *inputs) if isinstance(inputs, tuple) else capture(model, inputs)), batches
 
 
 def _check_patterns(model: nn.Module, config: ParoConfig) -> None:

@@ -40,9 +40,8 @@ def model(seed: int = 0, **options: Any) -> Any:
     """Return a two-layer Llama of 14 linears with random weights, in eval mode."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, num_key_value_heads=1, max_position_embeddings=256, **(sizes | options)
-    )
+    sizes |= {"vocab_size": VOCAB, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    config = transformers.LlamaConfig(**(sizes | options))
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 0, 1, 1
     return transformers.LlamaForCausalLM(config).eval()
 

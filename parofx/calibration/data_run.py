@@ -23,6 +23,7 @@ from parofx.calibration.block_student import Student
 from parofx.calibration.block_training import BlockData, floating_outputs
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.precision import product_precision
+from parofx.calibration.processes import check_divisible, fit_together, share_of
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
@@ -72,10 +73,14 @@ class DataRun:
             raise DataError("calibration must hold at least one batch, got none; pass calibration=None for data-free")
         for index, batch in enumerate(self._batches):
             _check_batch(index, batch)
+        check_divisible(len(self._batches), config.calibration)
         self._full = config.calibration.rounding == "feedback"
         self._statistics: dict[str, InputStatistics] = {}
         self._held_out: dict[str, InputStatistics] = {}
-        self._first_held_out = _first_held_out(self._batches, config.calibration.validation_samples)
+        self._first_held_out = first_held_out(self._batches, config.calibration.validation_samples)
+        #: Those that this process runs, by their place among all.
+        self._places = share_of(range(len(self._batches)))
+        self._batches = [self._batches[place] for place in self._places]
         self._batch = 0
 
     def run(self) -> None:
@@ -123,8 +128,8 @@ class DataRun:
                 self._batch += 1
                 self._progress.forwarded(self._batch, len(self._batches))
                 targets.append(floating_outputs(output) if students else [])
-        statistics = {name: (self._statistics.pop(name), self._held_out.pop(name, None)) for name in names}
-        fits = {name: self._fit(name, *statistics[name]) for name in names}
+        statistics = {name: (self._statistics.pop(name), self._pop_held_out(name)) for name in names}
+        fits = fit_together(names, statistics, lambda name: self._fit(name, *statistics[name]))
         stages: list[StageReport] = []
         if students:
             arguments = [stream.arguments(segment, border) for border in students]
@@ -152,7 +157,7 @@ class DataRun:
 
     def _record(self, name: str, rows: Tensor) -> None:
         self._observe(self._statistics, name, rows)
-        if self._full and self._batch >= self._first_held_out:
+        if self._full and self._places[self._batch] >= self._first_held_out:
             self._observe(self._held_out, name, rows)
 
     def _observe(self, statistics: dict[str, InputStatistics], name: str, rows: Tensor) -> None:
@@ -161,7 +166,13 @@ class DataRun:
             statistics[name] = InputStatistics(rows.shape[-1], group_size, full=self._full)
         statistics[name].update(rows, where=f"the input of {name}")
 
-    def _fit(self, name: str, statistics: InputStatistics, held_out: InputStatistics | None) -> FittedTransform:
+    def _pop_held_out(self, name: str) -> InputStatistics:
+        """Return the held-out statistics of a transform, empty ones where this process saw no held-out batch."""
+        transform = self._transforms[name]
+        empty = InputStatistics(transform.linears[0].weight.shape[1], transform.group_size, full=self._full)
+        return self._held_out.pop(name, empty)
+
+    def _fit(self, name: str, statistics: InputStatistics, held_out: InputStatistics) -> FittedTransform:
         if statistics.count:
             return self._fit_transform(self._transforms[name], statistics, held_out)
         logger.warning("no calibration row reaches %s; it is fitted on its weights alone", name)
@@ -179,7 +190,7 @@ class DataRun:
         return CalibrationStore(calibration.work_dir, digest, resume=calibration.resume)
 
 
-def _first_held_out(batches: Sequence[Mapping[str, Any]], samples: int) -> int:
+def first_held_out(batches: Sequence[Mapping[str, Any]], samples: int) -> int:
     """Return the first of the trailing batches that hold about so many samples; half the batches stay in front."""
     first = len(batches)
     while samples > 0 and first > max(1, len(batches) - len(batches) // 2):

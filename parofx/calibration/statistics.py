@@ -162,9 +162,13 @@ class InputStatistics:
                 f"got {found}"
             )
         statistics = cls(blocks * width, int(tensors["group_size"].item()), full=blocks == 1)
-        statistics.count = int(tensors["count"].item())
-        statistics._sums.copy_(sums)
+        statistics.replace(tensors)
         return statistics
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the count and the sums of a state of equal sizes."""
+        self.count = int(tensors["count"].item())
+        self._sums.copy_(tensors["sums"])
 
 
 def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:

@@ -59,9 +59,15 @@ JsonFile = Annotated[
 
 
 def load(
-    source: str, *, revision: str | None, offline: bool, dtype: DtypeName, device: DeviceName, trust_remote_code: bool
+    source: str,
+    *,
+    revision: str | None,
+    offline: bool,
+    dtype: DtypeName,
+    device: DeviceName | Literal["meta"],
+    trust_remote_code: bool,
 ) -> LoadedModel:
-    """Load a model as the options say, telling so."""
+    """Load a model as the options say, telling so; on the meta device it comes without its weights."""
     if offline:
         # Read when the hub's libraries are imported, which happens below.
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -69,21 +75,34 @@ def load(
         import torch
         from transformers.utils import logging
 
-        from parofx.models import LoadedModel, load_model
+        from parofx.models import LoadedModel, load_model, load_skeleton
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; use --device cpu")
+        target = "meta" if device == "meta" else find_device(device)
         logging.disable_progress_bar()  # two at a time would overwrite each other
-        loaded = load_model(
+        loaded = (load_skeleton if device == "meta" else load_model)(
             source,
             revision=revision,
             dtype=None if dtype == "auto" else getattr(torch, dtype),
             local_files_only=offline,
             trust_remote_code=trust_remote_code,
         )
-        return LoadedModel(loaded.model.to(device), loaded.tokenizer)
+        return LoadedModel(loaded.model.to(target), loaded.tokenizer)
+
+
+def find_device(device: DeviceName) -> str:
+    """Return the device that an option names; under `torchrun` the CUDA device of this process.
+
+    Raises:
+        ConfigError: if it is CUDA and there is none.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; use --device cpu")
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
 
 
 def write_json(path: Path, value: object) -> None:

@@ -8,8 +8,21 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from parofx.cli.common import Device, Dtype, Offline, Revision, Source, TrustRemoteCode, console, errors_console, load
+from parofx.cli.common import (
+    Device,
+    Dtype,
+    Offline,
+    Revision,
+    Source,
+    TrustRemoteCode,
+    console,
+    errors_console,
+    find_device,
+    load,
+)
 from parofx.cli.options import build_config, config_options
+from parofx.cli.plan import print_plan
+from parofx.cli.processes import joined
 from parofx.errors import CheckpointError
 
 #: What `inspect` reads the layers' errors from.
@@ -32,6 +45,9 @@ def quantize(
         Path | None, typer.Option(help="JSON file with options; those given here come first.", dir_okay=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what this would do and take, and do nothing; weights are not read.")
+    ] = False,
     revision: Revision = None,
     offline: Offline = False,
     dtype: Dtype = "auto",
@@ -44,11 +60,13 @@ def quantize(
     \b
     parofx quantize ./llama -o llama-paro   # data-free: from the weights alone
     parofx quantize ./llama -o llama-paro --calibration notes.txt   # better
+    parofx quantize ./llama -o llama-paro --calibration notes.txt --dry-run
     parofx quantize model.gguf -o out --calibration a.jsonl --calibration b/
     parofx quantize org/model -o out --calibration wikitext:wikitext-2-raw-v1
     parofx quantize ./llama -o out --group-size 64 --krot 4
     parofx quantize ./llama -o out --modules-to-not-convert 'model.layers.0.*'
 
+    Under torchrun several processes share the calibration data: torchrun --nproc-per-node 2 -m parofx quantize …
     With --work-dir a killed run goes on at the block it was in, when the same command is given again.
     """  # noqa: D301
     chosen = build_config(config, options)
@@ -56,13 +74,32 @@ def quantize(
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not empty: choose another folder, or pass --overwrite")
     loaded = load(
-        model, revision=revision, offline=offline, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        model,
+        revision=revision,
+        offline=offline,
+        dtype=dtype,
+        device="meta" if dry_run else device,
+        trust_remote_code=trust_remote_code,
     )
     import parofx
 
-    report = parofx.quantize(
-        loaded.model, chosen, calibration=_calibration(calibration), tokenizer=loaded.tokenizer, progress=True
-    )
+    if dry_run:
+        with errors_console.status("planning …"):
+            plan = parofx.plan_quantization(
+                loaded.model,
+                chosen,
+                calibration=_calibration(calibration),
+                tokenizer=loaded.tokenizer,
+                device=find_device(device),
+            )
+        print_plan(plan)
+        return
+    with joined(find_device(device)) as writes:
+        report = parofx.quantize(
+            loaded.model, chosen, calibration=_calibration(calibration), tokenizer=loaded.tokenizer, progress=True
+        )
+    if not writes:
+        return
     with errors_console.status(f"saving to {output} …"):
         parofx.save_pretrained(loaded.model, output, tokenizer=loaded.tokenizer, overwrite=overwrite)
         report.save(output / REPORT_FILE)

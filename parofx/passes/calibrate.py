@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from parofx.calibration.data_run import DataRun
 from parofx.calibration.fitting import FittedTransform, fit
+from parofx.calibration.processes import process_index
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.statistics import InputStatistics
 from parofx.config import ParoConfig
@@ -53,7 +54,8 @@ class Calibrate:
         """
         transforms = find_transforms(gm)
         _check_weights(transforms)
-        with torch.no_grad(), BlockProgress(transforms, enabled=self.progress) as progress:
+        shown = self.progress and process_index() == 0
+        with torch.no_grad(), BlockProgress(transforms, enabled=shown) as progress:
             if self.batches is None or self.config.calibration.recipe == "data-free":
                 for transform in transforms:
                     progress.enter(transform.block)

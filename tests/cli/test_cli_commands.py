@@ -52,6 +52,20 @@ def test_quantize_keeps_what_the_folder_holds(files: Files, run: Run, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
+def test_quantize_can_say_what_it_would_do(files: Files, run: Run, tmp_path: Path) -> None:
+    options = ("--samples", 4, "--seqlen", 16, "--steps", 3, "--group-size", 32, "--calibration", files.text)
+    plan = run("quantize", files.float_model, "-o", tmp_path / "out", *options, "--dry-run")
+    assert plan.status == 0, plan.output
+    report = json.loads((files.paro / "parofx_report.json").read_text())
+    printed = " ".join(plan.printed.split())
+    assert f"14 linears with {len(report['transforms'])} transforms in 2 blocks" in printed
+    assert "4 sequences, 64 tokens" in printed
+    assert f"{report['bits_per_weight']:.3f} bits per quantized weight" in printed
+    for label in ("memory", "work folder", "time about", "1 output head"):
+        assert label in printed
+    assert not list(tmp_path.iterdir())
+
+
 def test_quantize_reads_a_configuration_file(files: Files, run: Run, tmp_path: Path) -> None:
     config = parofx.ParoConfig(krot=2, group_size=64, calibration=parofx.CalibrationConfig(steps=1))
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))

@@ -1,0 +1,124 @@
+"""How much memory and disk calibration takes at most, from shapes: the terms that docs/calibration.md lists.
+
+Every term is a bound, and their sum is one although no two of them need be largest at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from parofx.calibration.traffic import SegmentTraffic
+from parofx.config import ParoConfig
+
+#: Copies in fp32 of the siblings' weights while they are fitted: joined, rotated, rounded, their errors and products.
+_FITTED_COPIES = 10
+#: Matrices of 8·K² bytes in error feedback: moments, factors and products, held out and not.
+_FEEDBACK_MATRICES = 10
+#: Copies in fp32 of a block's weights while it is trained: with gradients, two moments, the best, and what was rounded.
+_TRAINED_COPIES = 14
+#: fp32 copies of the rows of a batch while their products are summed.
+_ROW_COPIES = 3
+
+
+@dataclass(frozen=True)
+class TransformShape:
+    """A transform's sizes: input channels, the siblings' output channels in all, channels per group, rounds."""
+
+    name: str
+    block: str
+    in_features: int
+    out_features: int
+    group_size: int
+    krot: int
+
+    @property
+    def weights(self) -> int:
+        """Weights behind the transform."""
+        return self.in_features * self.out_features
+
+    @property
+    def fitted_bytes(self) -> int:
+        """Bytes of `pairs`, `theta`, `channel_scales`, and of every linear's scales, zeros (fp32) and codes."""
+        rotation = self.in_features * (2 * self.krot + self.krot + 2)
+        return rotation + 8 * self.weights // self.group_size + self.weights
+
+
+def memory_terms(
+    config: ParoConfig,
+    shapes: Sequence[TransformShape],
+    segments: Sequence[SegmentTraffic],
+    *,
+    model_bytes: int,
+    packed_bytes: int,
+    itemsize: int,
+) -> dict[str, int]:
+    """Return the largest number of bytes that each part of a run holds at a time.
+
+    Args:
+        config: of the run.
+        shapes: its transforms.
+        segments: what flows through the graph; none without data.
+        model_bytes: of the float model.
+        packed_bytes: of the quantized linears.
+        itemsize: bytes of one float weight.
+    """
+    calibration = config.calibration
+    by_name = {shape.name: shape for shape in shapes}
+    feedback = bool(segments) and calibration.rounding == "feedback"
+    trains = bool(segments) and calibration.trains_blocks
+    border = max((one.border for one in segments), default=0)
+    terms = {
+        "model": model_bytes,
+        "borders": border * (1 + trains) * (1 + (calibration.work_dir is not None)),
+        "statistics": _statistics(segments, by_name, feedback) * (1 + trains),
+        "forward": max((one.forward for one in segments), default=0),
+        "fit": max((_fit(shape, feedback) for shape in shapes), default=0),
+        "results": 2 * packed_bytes
+        + sum(
+            8 * one.weights // one.group_size + _rounded_weights(one, itemsize, feedback or trains) for one in shapes
+        ),
+    }
+    if trains:
+        blocks = [[by_name[name] for name in one.transforms] for one in segments]
+        terms["training"] = max(
+            one.outputs + 2 * one.saved + _TRAINED_COPIES * 4 * sum(shape.weights for shape in block)
+            for one, block in zip(segments, blocks, strict=True)
+        )
+    return terms
+
+
+def _rounded_weights(shape: TransformShape, itemsize: int, rounded: bool) -> int:
+    """Return the bytes of the rounded weights that the graph reads in place of the model's own, and their codes."""
+    return shape.weights * (itemsize + 1) if rounded else 0
+
+
+def disk_bytes(config: ParoConfig, shapes: Sequence[TransformShape], segments: Sequence[SegmentTraffic]) -> int:
+    """Return the bytes of a run in its `work_dir`: what was fitted, and one border beside the one that replaces it."""
+    if config.calibration.work_dir is None or not segments:
+        return 0
+    border = max(one.border for one in segments) * (1 + config.calibration.trains_blocks)
+    return sum(shape.fitted_bytes for shape in shapes) + 2 * border
+
+
+def _statistics(segments: Sequence[SegmentTraffic], shapes: Mapping[str, TransformShape], full: bool) -> int:
+    """Return the bytes of all statistics that are open in one segment, with the rows that are being added."""
+    uses: dict[str, list[int]] = {}
+    for index, segment in enumerate(segments):
+        for name in segment.transforms:
+            uses.setdefault(name, []).append(index)
+    largest = 0
+    for index, segment in enumerate(segments):
+        alive = [shapes[name] for name, at in uses.items() if at[0] <= index <= at[-1]]
+        sums = sum((16 * one.in_features if full else 8 * one.group_size) * one.in_features for one in alive)
+        widest = max((one.in_features for one in alive), default=0)
+        # Products of 256 columns at a time, in fp32 and in fp64, or those inside groups.
+        products = 12 * 256 * widest
+        largest = max(largest, sums + products + _ROW_COPIES * 4 * segment.rows * widest)
+    return largest
+
+
+def _fit(shape: TransformShape, feedback: bool) -> int:
+    rounds = 12 * (shape.krot + 2) * shape.in_features * shape.group_size
+    matrices = _FEEDBACK_MATRICES * 8 * shape.in_features**2 if feedback else 0
+    return _FITTED_COPIES * 4 * shape.weights + rounds + matrices

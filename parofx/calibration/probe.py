@@ -1,0 +1,130 @@
+"""How long calibration takes on this machine, estimated from short measurements.
+
+A piece of each kind of work is timed: one product of matrices, one update of statistics, and, for every distinct shape
+of a transform, a few steps of its fit and the rounding of some of its output channels. The times are multiplied by how
+often each is due. What else runs on the machine counts as well; expect a factor of two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+
+from parofx.calibration.fitting import Rotated, round_rotated
+from parofx.calibration.memory import TransformShape
+from parofx.calibration.precision import product_precision
+from parofx.calibration.range_objective import TransformFit, fit_transform
+from parofx.calibration.statistics import InputStatistics
+from parofx.calibration.traffic import SegmentTraffic
+from parofx.config import CalibrationConfig
+
+#: What is timed at most: rows of a product, optimizer steps, output channels.
+_ROWS = 512
+_STEPS = 4
+_OUT_FEATURES = 512
+#: A backward takes about two forwards.
+_TRAINING_FORWARDS = 3
+
+
+def estimate_seconds(
+    config: CalibrationConfig,
+    shapes: Sequence[TransformShape],
+    segments: Sequence[SegmentTraffic],
+    *,
+    bits: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """Return the seconds of fits, forwards and statistics.
+
+    Args:
+        config: of the run.
+        shapes: its transforms.
+        segments: what flows through the graph; none without data.
+        bits: width of a weight.
+        dtype: of the model.
+        device: where the run will be.
+    """
+    if not shapes:
+        return 0.0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        by_size = Counter((one.in_features, one.out_features, one.group_size, one.krot) for one in shapes)
+        example = {(one.in_features, one.out_features, one.group_size, one.krot): one for one in shapes}
+        seconds = sum(
+            count * _fit(example[size], config, bool(segments), bits, device) for size, count in by_size.items()
+        )
+        if not segments:
+            return seconds
+        widest = max(shapes, key=lambda one: one.weights)
+        per_flop = _product(widest, dtype, device, fast=config.autocast)
+        full = config.rounding == "feedback"
+        per_product = _update(widest, full, device)
+    sizes = {one.name: one for one in shapes}
+    for one in segments:
+        for name in one.transforms:
+            width = sizes[name].in_features if full else sizes[name].group_size
+            seconds += per_product * one.all_rows * sizes[name].in_features * width
+    passes = 1 + config.trains_blocks
+    epochs = config.transform_epochs + config.weight_epochs + config.tune_epochs
+    return seconds + per_flop * sum(one.flops for one in segments) * (passes + _TRAINING_FORWARDS * epochs)
+
+
+def _fit(shape: TransformShape, config: CalibrationConfig, with_data: bool, bits: int, device: torch.device) -> float:
+    """Return the seconds of one transform: its steps, and its rounding."""
+    rows = min(shape.out_features, _OUT_FEATURES)
+    weight = torch.randn(max(rows, min(shape.out_features, config.rows)), shape.in_features, device=device)
+    statistics = InputStatistics(shape.in_features, shape.group_size, full=config.rounding == "feedback")
+    statistics.update(torch.randn(_ROWS, shape.in_features, device=device))
+    steps = min(config.steps, _STEPS)
+    size = {"bits": bits, "group_size": shape.group_size, "krot": shape.krot}
+
+    def fitted(steps: int) -> TransformFit:
+        return fit_transform(
+            [weight], statistics.power, **size, config=dataclasses.replace(config, steps=steps), seed=config.seed
+        )
+
+    found = fitted(0)
+    transform = Rotated(found.pairs, found.theta, found.channel_scales, shape.group_size)
+    rotated = [transform.weight(weight[:rows])]
+
+    def rounding() -> object:
+        given = statistics if with_data else None
+        return round_rotated(rotated, transform, given, None, bits=bits, config=config, losses=(0.0, 0.0))
+
+    in_steps = _timed(lambda: fitted(steps), device) - _timed(lambda: fitted(0), device)
+    per_step = max(0.0, in_steps) / max(steps, 1)
+    return per_step * config.steps + _timed(rounding, device) * shape.out_features / rows
+
+
+def _product(shape: TransformShape, dtype: torch.dtype, device: torch.device, *, fast: bool) -> float:
+    """Return the seconds per floating-point operation of the model's products."""
+    rows = torch.randn(_ROWS, shape.in_features, device=device).to(dtype)
+    weight = torch.randn(shape.out_features, shape.in_features, device=device).to(dtype)
+    with product_precision("fast") if fast else contextlib.nullcontext():
+        return _timed(lambda: torch.nn.functional.linear(rows, weight), device) / (2 * _ROWS * shape.weights)
+
+
+def _update(shape: TransformShape, full: bool, device: torch.device) -> float:
+    """Return the seconds per row and product of two channels."""
+    statistics = InputStatistics(shape.in_features, shape.group_size, full=full)
+    rows = torch.randn(_ROWS, shape.in_features, device=device)
+    width = shape.in_features if full else shape.group_size
+    return _timed(lambda: statistics.update(rows), device) / (_ROWS * shape.in_features * width)
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a second run; the first one may compile, allocate or wake threads."""
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,235 @@
+"""`parofx.plan_quantization`: what `quantize` would do and take, without calibrating or reading a weight.
+
+The model is captured on the meta device, where tensors have shapes and no memory. So linears, transforms, bits and the
+checkpoint's bytes are those of the run itself; memory and disk are bounds, and time is an estimate.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from parofx.calibration.data import SELF_SOURCE
+from parofx.calibration.data_run import first_held_out
+from parofx.calibration.memory import TransformShape, disk_bytes, memory_terms
+from parofx.calibration.probe import estimate_seconds
+from parofx.calibration.traffic import measure_segments, size_of
+from parofx.config import ParoConfig
+from parofx.linear_tensors import tensor_specs
+from parofx.passes.insert_transforms import InsertTransforms
+from parofx.passes.transforms import Transform, find_transforms
+from parofx.pipeline import Pipeline
+from parofx.quantization import captured, not_converted, output_heads
+from parofx.report import FloatLinear, FloatReason
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """One linear that will be quantized, as `LinearReport` will list it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    group_size: int
+    krot: int
+    transform: str
+    block: str
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What `parofx.quantize` would do and take.
+
+    Args:
+        config: of the run.
+        linears: what will be quantized.
+        kept_float: what will not, and why.
+        transforms: how many rotations are fitted.
+        blocks: how many blocks they are in.
+        sequences: calibration sequences; 0 without data.
+        tokens: in these.
+        steps: of optimizers, on range objectives and on blocks.
+        memory: bytes that each part of a run takes at most; see `docs/calibration.md`.
+        disk_bytes: in `work_dir`, at most.
+        checkpoint_bytes: of all tensors that `save_pretrained` will write.
+        device: where it would run.
+        seconds: of calibration there, estimated from short measurements.
+    """
+
+    config: ParoConfig
+    linears: tuple[PlannedLinear, ...]
+    kept_float: tuple[FloatLinear, ...]
+    transforms: int
+    blocks: int
+    sequences: int
+    tokens: int
+    steps: int
+    memory: Mapping[str, int]
+    disk_bytes: int
+    checkpoint_bytes: int
+    device: str
+    seconds: float
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Bytes of tensors that the run holds at most; Python, PyTorch and the capture come on top."""
+        return sum(self.memory.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per quantized weight, counted as `QuantizationReport.bits_per_weight` does."""
+        weights = sum(linear.in_features * linear.out_features for linear in self.linears)
+        return 8 * sum(linear.packed_bytes for linear in self.linears) / max(weights, 1)
+
+    def reasons(self) -> Counter[FloatReason]:
+        """Count the float linears by reason."""
+        return Counter(linear.reason for linear in self.kept_float)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-serializable values."""
+        totals = {"peak_memory_bytes": self.peak_memory_bytes, "bits_per_weight": self.bits_per_weight}
+        return asdict(self) | {"config": self.config.to_dict()} | totals
+
+
+def plan_quantization(
+    model: nn.Module,
+    config: ParoConfig | None = None,
+    *,
+    calibration: object = None,
+    tokenizer: Any | None = None,
+    example_inputs: object = None,
+    device: torch.device | str | None = None,
+) -> QuantizationPlan:
+    """Say what `quantize` with the same arguments would do and take.
+
+    Text is read and tokenized, because its length counts; `"self"` writes none.
+
+    Args:
+        model: as for `quantize`; on the meta device it needs no weights. It stays as it is.
+        config: as for `quantize`; so are `calibration`, `tokenizer` and `example_inputs`.
+        calibration: see there.
+        tokenizer: see there.
+        example_inputs: see there.
+        device: where the run will be and its speed is measured; by default where the model is, else the CPU.
+
+    Raises:
+        ConfigError: if an option is wrong, or the model is quantized already.
+        DataError: if the calibration data is empty or malformed.
+        CaptureError: if the model cannot be captured.
+    """
+    config = config or ParoConfig()
+    parameter = next(model.parameters(), torch.empty(0))
+    device = torch.device(device or ("cpu" if parameter.is_meta else parameter.device))
+    skeleton = _on_meta(model)
+    if isinstance(calibration, str) and calibration == SELF_SOURCE:
+        calibration = torch.zeros(config.calibration.samples, config.calibration.seqlen, dtype=torch.int64)
+    gm, batches = captured(
+        skeleton, config, calibration=calibration, tokenizer=tokenizer, example_inputs=_to_meta(example_inputs)
+    )
+    prepare = InsertTransforms(config, output_heads=output_heads(skeleton), replace_modules=True)
+    Pipeline([prepare]).run(gm)
+    transforms = find_transforms(gm)
+    linears = tuple(linear for transform in transforms for linear in _planned(gm, transform))
+    with_data = batches is not None and config.calibration.recipe != "data-free"
+    segments = measure_segments(gm, batches or ()) if with_data else ()
+    shapes = [_shape(gm, transform) for transform in transforms]
+    packed_bytes = sum(linear.packed_bytes for linear in linears)
+    blocks = len({transform.block for transform in transforms})
+    return QuantizationPlan(
+        config=config,
+        linears=linears,
+        kept_float=(
+            *gm.meta["parofx_kept_float"],
+            *not_converted(skeleton, gm, [linear.name for linear in linears]),
+        ),
+        transforms=len(transforms),
+        blocks=blocks,
+        sequences=sum(map(_sequences, batches or ())),
+        tokens=sum(map(_tokens, batches or ())),
+        steps=config.calibration.steps * len(transforms) + _trained_steps(config, batches or (), blocks),
+        memory=memory_terms(
+            config,
+            shapes,
+            segments,
+            model_bytes=size_of([*skeleton.parameters(), *skeleton.buffers()]),
+            packed_bytes=packed_bytes,
+            itemsize=parameter.element_size(),
+        ),
+        disk_bytes=disk_bytes(config, shapes, segments),
+        checkpoint_bytes=_checkpoint_bytes(skeleton, linears),
+        device=str(device),
+        seconds=estimate_seconds(
+            config.calibration, shapes, segments, bits=config.bits, dtype=parameter.dtype, device=device
+        ),
+    )
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose tensors have no memory; those that are one stay one."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(one): _to_meta(one) for one in tensors if not one.is_meta}
+    return copy.deepcopy(model, memo)
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
+    return torch.utils._pytree.tree_map_only(Tensor, lambda one: one.detach().to("meta"), value)
+
+
+def _planned(gm: GraphModule, transform: Transform) -> list[PlannedLinear]:
+    krot, found = transform.krot(gm), []
+    for linear in transform.linears:
+        out_features, in_features = linear.weight.shape
+        bias = any(len(call.args) > 2 and call.args[2] is not None for call in linear.calls)
+        specs = tensor_specs(in_features, out_features, transform.group_size, krot, bias=bias)
+        stored = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        sizes = (in_features, out_features, transform.group_size, krot)
+        found.append(PlannedLinear(linear.name, *sizes, transform.name, transform.block, stored))
+    return found
+
+
+def _shape(gm: GraphModule, transform: Transform) -> TransformShape:
+    rows = sum(linear.weight.shape[0] for linear in transform.linears)
+    sizes = (transform.linears[0].weight.shape[1], rows, transform.group_size, transform.krot(gm))
+    return TransformShape(transform.name, transform.block, *sizes)
+
+
+def _checkpoint_bytes(model: nn.Module, linears: Sequence[PlannedLinear]) -> int:
+    """Return the bytes of a checkpoint's tensors: tied float ones once, quantized ones for each name of a module."""
+    packed = {id(model.get_submodule(linear.name)): linear.packed_bytes for linear in linears}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    quantized = {name for name, module in modules.items() if id(module) in packed}
+    floats: dict[int, int] = {
+        id(tensor): tensor.nbytes
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name.rpartition(".")[0] not in quantized
+    }
+    return sum(floats.values()) + sum(packed[id(modules[name])] for name in quantized)
+
+
+def _sequences(batch: Mapping[str, Any]) -> int:
+    return max((len(one) for one in batch.values() if isinstance(one, Tensor) and one.dim()), default=1)
+
+
+def _tokens(batch: Mapping[str, Any]) -> int:
+    """Return the most elements of an input that holds whole numbers; without one, the sequences."""
+    integers = [one for one in batch.values() if isinstance(one, Tensor) and not one.is_floating_point()]
+    return max((one.numel() for one in integers), default=_sequences(batch))
+
+
+def _trained_steps(config: ParoConfig, batches: Sequence[Mapping[str, Any]], blocks: int) -> int:
+    calibration = config.calibration
+    epochs = calibration.transform_epochs + calibration.weight_epochs + calibration.tune_epochs
+    if calibration.recipe == "data-free" or not batches:
+        return 0
+    return blocks * epochs * first_held_out(batches, calibration.validation_samples)

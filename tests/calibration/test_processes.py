@@ -1,0 +1,122 @@
+"""Several processes on their shares of the data, against one process on all of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import parofx
+from parofx import CalibrationConfig, ParoConfig
+from parofx.errors import ConfigError, DataError
+
+#: One process: its place among how many, the file they meet at, its output folder.
+PROCESS = """
+import sys, torch, torch.distributed as dist, tiny, parofx
+from pathlib import Path
+from test_processes import CONFIGS, data, results
+from safetensors.torch import save_file
+place, count, meeting, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=place, world_size=count)
+for name, config in CONFIGS.items():
+    model = tiny.model()
+    report = parofx.quantize(model, config, calibration=data(), progress=True)
+    save_file(results(model, report), folder / f"{name}-{place}.safetensors")
+dist.destroy_process_group()
+"""
+FAST = CalibrationConfig(steps=3, seqlen=16, samples=6, batch_size=1, validation_samples=2)
+CONFIGS = {
+    "feedback": ParoConfig(calibration=FAST),
+    # One of the processes gets one batch more, and none of them has all held-out ones.
+    "nearest": ParoConfig(
+        group_size=32, calibration=CalibrationConfig(steps=3, samples=5, batch_size=1, rounding="nearest")
+    ),
+}
+
+
+def data() -> torch.Tensor:
+    return torch.randint(3, len(tiny.WORDS), (6, 16), generator=torch.Generator().manual_seed(0))
+
+
+def results(model: torch.nn.Module, report: parofx.QuantizationReport) -> dict[str, torch.Tensor]:
+    tensors = {
+        f"{name}.{key}": tensor.contiguous().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, parofx.ParoLinear)
+        for key, tensor in module.checkpoint_tensors().items()
+    }
+    errors = [one.relative_error for one in report.linears] + [one.loss_after for one in report.transforms]
+    return tensors | {"report": torch.tensor(errors, dtype=torch.float64)}
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen:
+    here = Path(__file__).parent
+    paths = [here.parents[1], here.parent, here]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    processes = [start(PROCESS, place, 2, tmp_path / "meeting", tmp_path) for place in range(2)]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert "calibrate" in outputs[0]
+    assert "calibrate" not in outputs[1], "only the first process shows progress"
+    for name, config in CONFIGS.items():
+        model = tiny.model()
+        report = parofx.quantize(model, config, calibration=data(), progress=False)
+        expected = results(model, report)
+        first, second = (load_file(tmp_path / f"{name}-{place}.safetensors") for place in range(2))
+        assert first.keys() == second.keys() == expected.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        for key, tensor in expected.items():
+            if tensor.is_floating_point():
+                # Sums in another order may move a value to the neighbouring fp16 number.
+                torch.testing.assert_close(first[key], tensor, rtol=2e-3, atol=2e-3)
+            else:
+                assert (first[key] == tensor).double().mean() > 0.99, key
+
+
+@pytest.fixture
+def claimed(monkeypatch):
+    """Say that there are two processes; nothing is sent."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+
+
+def test_each_process_needs_a_batch(claimed):
+    config = ParoConfig(calibration=CalibrationConfig(samples=6, batch_size=6))
+    with pytest.raises(DataError, match=r"a batch for each process, got 1 for 2 processes: .* a batch_size below 6"):
+        parofx.quantize(tiny.model(), config, calibration=data(), progress=False)
+
+
+def test_what_is_for_one_process(claimed, tmp_path):
+    for options, message in (
+        ({"recipe": "best"}, "recipes that train blocks run in one process, got recipe 'best' in 2"),
+        ({"work_dir": str(tmp_path)}, "work_dir is for a run in one process, got 2"),
+    ):
+        config = ParoConfig(calibration=CalibrationConfig(samples=6, batch_size=1, **options))
+        with pytest.raises(ConfigError, match=message):
+            parofx.quantize(tiny.model(), config, calibration=data(), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_under_torchrun_writes_once(tmp_path):
+    tiny.save(tmp_path / "float")
+    (tmp_path / "notes.txt").write_text(tiny.TEXT * 60)
+    code = "import runpy, sys; sys.argv[0] = 'torchrun'; runpy.run_module('torch.distributed.run', run_name='__main__')"
+    options = ["--samples", 4, "--batch-size", 1, "--seqlen", 16, "--steps", 1, "--calibration", tmp_path / "notes.txt"]
+    launch = ["--standalone", "--nproc-per-node", 2, "-m", "parofx", "quantize"]
+    process = start(code, *launch, tmp_path / "float", "-o", tmp_path / "paro", *options)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert output.count("quantized 14 linears") == 1
+    assert json.loads((tmp_path / "paro" / "config.json").read_text())["quantization_config"]["krot"] == 8
