@@ -72,7 +72,9 @@ def peak_bytes(work) -> int:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rounding": "nearest"}, {"recipe": "best"}], ids=["feedback", "nearest", "trained"]
+    "options",
+    [{}, {"rounding": "nearest"}, {"recipe": "best", "transform_epochs": 1, "weight_epochs": 1, "tune_epochs": 1}],
+    ids=["feedback", "nearest", "trained"],
 )
 def test_memory_and_disk_are_bounds(tmp_path, options):
     calibration = CalibrationConfig(

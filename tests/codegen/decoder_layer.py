@@ -1,6 +1,6 @@
 """Which kernels a decoder layer launches at decode, read off the code Inductor generates for an H100.
 
-Run as a script it prints them as JSON. Each model is built with two layers and with three; what one more adds is what
+Run as a script it prints them as JSON. Each model is built with one layer and with two; what one more adds is what
 a layer costs. Attention is one opaque operator, as on a GPU.
 """
 
@@ -161,7 +161,7 @@ def _on_cuda(value: Any) -> Any:
 
 def per_layer(name: str, batch: int, *, fuse: bool) -> dict[str, int]:
     """Return the kernels that one more layer adds."""
-    counts = [kernels(*lowered(name, layers, batch, fuse=fuse), batch, apart=not fuse) for layers in (2, 3)]
+    counts = [kernels(*lowered(name, layers, batch, fuse=fuse), batch, apart=not fuse) for layers in (1, 2)]
     return dict(sorted((counts[1] - counts[0]).items()))
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 #: What the project promises, as ‖error‖ / ‖output‖.
 RELATIVE_ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 #: The interpreter takes milliseconds per program, a GPU none: the first compiles in seconds, so fewer cases are enough.
-EXAMPLES = 6 if is_interpreting() else 20
+EXAMPLES = 5 if is_interpreting() else 20
 
 
 def packed(case):

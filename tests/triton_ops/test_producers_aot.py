@@ -64,7 +64,8 @@ def test_other_variants_of_rmsnorm_rotate_spill_nothing(group_size, arch, dtype,
         assert found.count("BAR") <= NORM_BARRIERS
 
 
-@pytest.mark.parametrize("arch", TARGET_NAMES)
+# sm_89 compiles to the same as sm_80.
+@pytest.mark.parametrize("arch", [name for name in TARGET_NAMES if name != "sm_89"])
 @pytest.mark.parametrize("rows", [1, 64])
 def test_silu_mul_rotate(rows, arch):
     tiles = gate_tiles(rows, 14336, 128)
