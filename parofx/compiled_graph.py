@@ -120,8 +120,10 @@ class CompiledGraph:
         return packed
 
     def _forget_the_dead(self) -> None:
-        for key in [key for key, packed in self._packed.items() if any(not state.alive() for state in packed.states)]:
-            del self._packed[key]
+        # A copy: the garbage collector may run this within itself, and take an entry away.
+        for key, packed in self._packed.copy().items():
+            if not all(state.alive() for state in packed.states):
+                self._packed.pop(key, None)
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

@@ -830,6 +830,22 @@ def test_what_was_packed_for_a_model_goes_with_it():
     assert not packed()
 
 
+def test_entries_may_go_while_the_dead_are_looked_for():
+    """The garbage collector may find dead parameters in the middle of it."""
+    from parofx.compiled_graph import CompiledGraph, _Packed
+
+    class Dying:
+        def alive(self):
+            Dying.alive = lambda self: False
+            graph._forget_the_dead()
+            return False
+
+    graph = CompiledGraph.__new__(CompiledGraph)
+    graph._packed = {key: _Packed((Dying(),), ()) for key in range(3)}
+    graph._forget_the_dead()
+    assert graph._packed == {}
+
+
 # --- several models -------------------------------------------------------------------------------------------------
 
 
