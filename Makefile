@@ -53,7 +53,7 @@ test: $(STAMP) ## the test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-aot: $(STAMP) ## compile every row of the Triton launch tables for every GPU and check its budgets
-	$(BIN)/python -m pytest tests/triton_ops/test_aot.py --full-aot $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/triton_ops/test_aot.py tests/triton_ops/test_producers_aot.py --full-aot $(PYTEST_ARGS)
 
 test-triton: $(STAMP) ## the Triton kernels' tests with the oldest supported Triton
 	test -d build/triton-$(OLDEST_TRITON) || \

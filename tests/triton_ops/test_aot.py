@@ -24,13 +24,17 @@ from parofx.triton_ops.tiles import DequantizeTiles, FusedTiles, LinearTiles, Ro
 #: Thread instructions per weight of the hot loop, for up to 16 tokens; of rows that no card has chosen. On a card
 #: narrower tiles, with more instructions in more programs, may be faster.
 LOOP_BUDGET = 2.4
+#: Of rows that a card has chosen, bfloat16 included.
+TUNED_LOOP_BUDGET = 3.7
 #: The same in plain Triton, for rows; the compiler packs halves less well for sm_80 and sm_89.
 PORTABLE_LOOP_BUDGET = {"sm_80": 4.8, "sm_89": 4.8, "sm_90": 4.5, "sm_100": 4.5, "sm_120": 4.5}
 #: bfloat16 needs three shifts a word where fp16 needs one.
 BFLOAT16_LOOP_BUDGET = 2.7
 #: The whole `rotate_int4_linear` of one token, per weight: rotation, prologue and epilogue included. Of sm_100 tensor
 #: cores take their operands from a memory of their own.
-FUSED_BUDGET = {"sm_80": 3.2, "sm_90": 3.2, "sm_100": 3.5, "sm_120": 3.2}
+FUSED_BUDGET = {"sm_80": 3.2, "sm_89": 3.2, "sm_90": 3.2, "sm_100": 3.5, "sm_120": 3.2}
+#: And of the row that an H100 has chosen.
+TUNED_FUSED_BUDGET = 3.9
 #: The tiles that these two budgets are stated for.
 WIDE_FUSED, WIDE_LINEAR = FusedTiles(256, 4, 4, 3), LinearTiles(16, 128, 0, False, 4, 4)
 #: And those of plain Triton, which packs halves best with few warps on sm_80, and its budget.
@@ -39,7 +43,6 @@ PORTABLE_BUDGET = 4.5
 #: tl.gather of 128 channels in one warp: 4 elements of a lane from the 4 of another, in each of 8 rounds.
 SHUFFLES_PER_ROW = 128
 TENSOR_CORE = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
-#: The architectures that the loops' budgets are stated for; sm_89 compiles to the same.
 NVIDIA = tuple(name for name in TARGET_NAMES if name.startswith("sm_"))
 
 
@@ -91,10 +94,12 @@ def check_budgets(row: Row, arch: str, variant: Variant) -> None:
         return
     assert compiled.count("LDGSTS.E.BYPASS.128") > 0
     most = 2 if isinstance(tiles, FusedTiles) else 16
-    if variant.group_size != 128 or (row.max_tokens or 17) > most or row.source != "static":
+    if variant.group_size != 128 or (row.max_tokens or 17) > most:
         return
     loop = per_weight(compiled.hot_loop.count(), compiled, tiles, 1)
-    if variant.portable:
+    if row.source != "static":
+        assert loop <= TUNED_LOOP_BUDGET
+    elif variant.portable:
         assert loop <= PORTABLE_LOOP_BUDGET[arch] or variant.dtype == "bf16" or variant.rotations > 1
     else:
         assert loop <= (LOOP_BUDGET if variant.dtype == "fp16" else BFLOAT16_LOOP_BUDGET)
@@ -136,10 +141,21 @@ def what_is_over_budget(row: Row, arch: str, variant: Variant) -> str | None:
 
 
 @pytest.mark.parametrize("arch", FUSED_BUDGET)
-def test_rotation_and_product_in_one_launch_are_cheap(arch):
+def test_rotation_and_product_in_one_launch_are_cheap(arch, request):
+    if arch == "sm_89" and not request.config.getoption("--full-aot"):
+        pytest.skip("it compiles to the same as sm_80; --full-aot looks")
     compiled, tiles = compile_tiles(WIDE_FUSED, arch, Variant()), WIDE_FUSED.slice_tiles
     assert compiled.spills == 0
     assert per_weight(compiled.executed(tiles), compiled, WIDE_FUSED, tiles) <= FUSED_BUDGET[arch]
+
+
+def test_the_tiles_that_an_h100_chose_for_one_token_do_not_grow():
+    """They run faster than the wide ones there, for 3.9 instructions a weight."""
+    row = next(row for row in launch_table("sm_90") if row.kernel == "rotate_int4_linear")
+    tiles = FusedTiles(**row.tiles)
+    compiled = compile_tiles(tiles, "sm_90", Variant())
+    assert (row.max_tokens, row.source) == (1, "tuned:NVIDIA H100 80GB HBM3")
+    assert per_weight(compiled.executed(tiles.slice_tiles), compiled, tiles, tiles.slice_tiles) <= TUNED_FUSED_BUDGET
 
 
 @pytest.mark.parametrize("portable", [False, True])
