@@ -67,6 +67,7 @@ ROWS: dict[str, tuple[ParoConfig, bool]] = {
     "ablation: damping 0.1": (ParoConfig(calibration=replace(FAST, damping=(0.1,))), True),
     "ablation: greedy pairs": (ParoConfig(calibration=replace(FAST, pairs="greedy")), True),
     "ablation: own transform per linear": (ParoConfig(share_siblings=False, calibration=FAST), True),
+    "ablation: rows count alike": (ParoConfig(calibration=replace(FAST, row_weights="equal")), True),
     "ablation: group size 64": (ParoConfig(group_size=64, calibration=FAST), True),
 }
 #: Rows that are the same whatever the seed.
@@ -74,9 +75,10 @@ _SEEDLESS = ("round to nearest", _GPTQ, "ablation: no transform")
 #: What is averaged over seeds.
 _MEANS = (
     "perplexity", "perplexity_error", "kl_mean", "kl_error", "kl_p99", "top1_agreement", "quantize_seconds",
+    "quantize_cpu_seconds",
 )  # fmt: skip
 #: Options in which all runs of a table must agree.
-_COMMON = ("calibration", "evaluation", "samples", "seqlen", "windows", "dtype", "kl")
+_COMMON = ("calibration", "evaluation", "samples", "seqlen", "windows", "dtype", "kl", "kl_windows")
 
 
 def main() -> None:
@@ -92,7 +94,7 @@ def main() -> None:
     rows = _earlier_rows(options, target)
     if "float" not in rows:
         result = evaluate(model, windows, batch_size=options.batch_size, progress=True)
-        _note(rows, "float", result, 8.0 * dtype.itemsize, 0.0)
+        _note(rows, "float", result, 8.0 * dtype.itemsize, (0.0, 0.0))
         _save(rows, options, target)
     for name, (config, with_data) in ROWS.items():
         if not any(fnmatch(name, pattern) for pattern in options.rows):
@@ -103,9 +105,9 @@ def main() -> None:
                 continue
             seeded = replace(config, calibration=replace(config.calibration, seed=seed))
             quantized, _ = load_model(options.model, dtype=dtype)
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             report = parofx.quantize(quantized, seeded, calibration=calibration if with_data else None)
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start[0], time.process_time() - start[1]
             result = _evaluate(parofx.dequantize(quantized, dtype=dtype), model, windows, options)
             _note(rows, name, result, report.bits_per_weight, seconds, seed)
             _save(rows, options, target)
@@ -114,10 +116,12 @@ def main() -> None:
     for folder in options.peer:
         peer = json.loads((Path(folder) / "peer.json").read_text())
         quantized, _ = load_model(folder, dtype=dtype)
+        if any(isinstance(module, parofx.ParoLinear) for module in quantized.modules()):
+            quantized = parofx.dequantize(quantized, dtype=dtype)
         result = _evaluate(quantized, model, windows, options)
         name = f"{peer['name']} {peer['version']}"
         rows.pop(name, None)
-        _note(rows, name, result, peer["bits_per_weight"], peer["seconds"])
+        _note(rows, name, result, peer["bits_per_weight"], (peer["seconds"], peer["cpu_seconds"]))
     _save(rows, options, target)
     _print(rows, options)
 
@@ -137,6 +141,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--write-tokens", help="also write the calibration tokens to this safetensors file")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True, help="also compare distributions")
+    parser.add_argument("--kl-windows", type=int, help="windows that are compared; all of them without it")
     parser.add_argument("--resume", action="store_true", help="keep the runs that are in the results")
     options = parser.parse_args()
     if bool(options.calibration) != bool(options.evaluation):
@@ -170,8 +175,18 @@ def _data(options: argparse.Namespace, tokenizer: Any) -> tuple[torch.Tensor, to
 
 
 def _evaluate(model: Any, reference: Any, windows: torch.Tensor, options: argparse.Namespace) -> EvalResult:
-    reference = reference if options.kl else None
-    return evaluate(model, windows, reference=reference, batch_size=options.batch_size, progress=True)
+    """Measure perplexity on all windows and what the reference is for on the first of them, which takes longer."""
+    how = {"batch_size": options.batch_size, "progress": True}
+    if not options.kl or options.kl_windows is None:
+        return evaluate(model, windows, reference=reference if options.kl else None, **how)
+    compared = evaluate(model, windows[: options.kl_windows], reference=reference, **how)
+    return replace(
+        evaluate(model, windows, **how),
+        kl_mean=compared.kl_mean,
+        kl_error=compared.kl_error,
+        kl_p99=compared.kl_p99,
+        top1_agreement=compared.top1_agreement,
+    )
 
 
 def _earlier_rows(options: argparse.Namespace, target: Path) -> dict[str, Any]:
@@ -189,11 +204,17 @@ def _earlier_rows(options: argparse.Namespace, target: Path) -> dict[str, Any]:
 
 
 def _note(
-    rows: dict[str, Any], name: str, result: EvalResult, bits: float, seconds: float, seed: int | None = None
+    rows: dict[str, Any],
+    name: str,
+    result: EvalResult,
+    bits: float,
+    seconds: tuple[float, float],
+    seed: int | None = None,
 ) -> None:
     """Add a run to its row."""
     runs = rows[name]["seeds"] if name in rows else []
-    runs.append({"seed": seed, "quantize_seconds": seconds, **result.to_dict()})
+    wall, cpu = seconds
+    runs.append({"seed": seed, "quantize_seconds": wall, "quantize_cpu_seconds": cpu, **result.to_dict()})
     rows[name] = {"bits_per_weight": bits, "seeds": runs}
     for key in _MEANS:
         values = [run[key] for run in runs]
@@ -216,7 +237,19 @@ def _print(rows: dict[str, Any], options: argparse.Namespace) -> None:
     windows = rows["float"]["seeds"][0]["windows"]
     title = f"{Path(options.model).stem}, {windows} windows of {options.seqlen} tokens"
     table = Table(title=title)
-    for heading in ("weights", "bits", "perplexity", "gap", "of GPTQ's", "KL", "KL 99 %", "top-1", "s", "seeds"):
+    for heading in (
+        "weights",
+        "bits",
+        "perplexity",
+        "gap",
+        "of GPTQ's",
+        "KL",
+        "KL 99 %",
+        "top-1",
+        "s",
+        "CPU s",
+        "seeds",
+    ):
         table.add_column(heading, justify="left" if heading == "weights" else "right")
     base = rows["float"]["perplexity"]
     gptq = rows[_GPTQ]["perplexity"] - base if _GPTQ in rows else None
@@ -234,6 +267,7 @@ def _print(rows: dict[str, Any], options: argparse.Namespace) -> None:
             f"{row['kl_p99']:.3f}" if compared else "",
             f"{row['top1_agreement']:.3f}" if compared else "",
             f"{row['quantize_seconds']:.0f}",
+            f"{row['quantize_cpu_seconds']:.0f}",
             str(len(row["seeds"])),
         )
     Console(width=160).print(table)

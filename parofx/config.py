@@ -29,12 +29,14 @@ Activations = Literal["float", "int8"]
 ACTIVATIONS: tuple[Activations, ...] = ("float", "int8")
 RoundingMethod = Literal["nearest", "feedback"]
 BlockLoss = Literal["relative", "smooth_l1"]
+RowWeights = Literal["relative", "equal"]
 #: The options of calibration that are one of a few words.
 _CHOICES = {
     "recipe": tuple(RECIPES),
     "pairs": ("matching", "greedy"),
     "rounding": ("nearest", "feedback"),
     "block_loss": ("relative", "smooth_l1"),
+    "row_weights": ("relative", "equal"),
 }
 #: Stands for an option that the recipe decides; there is none left once a config is built.
 _BY_RECIPE: Any = None
@@ -56,6 +58,8 @@ class CalibrationConfig:
         rows: output channels sampled per step (all of them if a layer has fewer).
         pairs: how channel pairs are chosen: `"matching"` (perfect matchings, no dummy pairs) or `"greedy"`
             (the paper's random scan).
+        row_weights: how much a token's row counts in the statistics of a transform's input: `"relative"` to the
+            squared norm of what its linears make of it, or all `"equal"`.
         clip_ratios: shrink factors of the min/max range tried per quantization group when rounding.
         rounding: `"nearest"`, or `"feedback"`: columns take over the errors of those before them.
         damping: candidates of what is added to the inputs' second moments before error feedback, relative to their
@@ -68,7 +72,8 @@ class CalibrationConfig:
         grid_learning_rate: of AdamW on the scales and zeros of a block.
         tune_epochs: passes in which scales, angles and channel scales are trained behind a block's chosen codes.
         tune_learning_rate: of AdamW on those, scales by their logarithm.
-        block_loss: of a block's output against the float one's: `"relative"` squared error, or `"smooth_l1"`.
+        block_loss: of a block's output against the float one's: `"relative"`, the mean over rows of the squared error
+            relative to the row's squared length, or `"smooth_l1"`.
         autocast: run the model with bf16 or TF32 products where it is fp32; sums stay fp32.
         seed: fixes pairs, sampled rows and the order of data.
         seqlen: tokens per calibration sequence.
@@ -84,6 +89,7 @@ class CalibrationConfig:
     learning_rate: float = 0.1
     rows: int = 512
     pairs: PairMethod = _BY_RECIPE
+    row_weights: RowWeights = _BY_RECIPE
     clip_ratios: tuple[float, ...] = _BY_RECIPE
     rounding: RoundingMethod = _BY_RECIPE
     damping: tuple[float, ...] = (0.03, 0.1, 0.3)

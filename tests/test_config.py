@@ -29,6 +29,7 @@ calibrations = st.builds(
     weight_learning_rate=st.floats(1e-6, 1.0),
     grid_learning_rate=st.floats(1e-6, 1.0),
     block_loss=st.sampled_from(("relative", "smooth_l1")),
+    row_weights=st.sampled_from(("relative", "equal")),
     autocast=st.booleans(),
     validation_samples=st.integers(0, 64),
     seed=st.integers(0, 2**31),

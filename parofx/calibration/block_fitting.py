@@ -66,7 +66,7 @@ def train_block(
         one.name: _round_to_nearest(one, trained[one.name], fits[one.name]) for one in transforms
     }
     if config.rounding == "feedback":
-        observed = _student_statistics(module, trainer, transforms, data)
+        observed = _student_statistics(module, trainer, transforms, data, config)
         candidates["trained, with error feedback"] = {
             one.name: _round_with_feedback(one, trained[one.name], fits[one.name], observed[one.name], config)
             for one in transforms
@@ -184,13 +184,24 @@ def _round_with_feedback(
     return round_rotated(weights, rotated, *statistics, bits=transform.bits, config=config, losses=losses)
 
 
+def relative_to(transform: Transform, config: CalibrationConfig) -> list[Tensor]:
+    """Return the weights whose outputs the rows of a transform's input are relative to; none if rows count alike."""
+    return [linear.weight for linear in transform.linears] if config.row_weights == "relative" else []
+
+
 def _student_statistics(
-    module: GraphModule, trainer: BlockTrainer, transforms: Sequence[Transform], data: BlockData
+    module: GraphModule,
+    trainer: BlockTrainer,
+    transforms: Sequence[Transform],
+    data: BlockData,
+    config: CalibrationConfig,
 ) -> dict[str, tuple[InputStatistics, InputStatistics]]:
     """Return the statistics of the inputs that the trained block's linears have."""
     found = {}
+    relative: dict[str, list[Tensor]] = {}
     for one in transforms:
         in_features = one.linears[0].weight.shape[1]
+        relative[one.name] = relative_to(one, config)
         found[one.name] = tuple(InputStatistics(in_features, one.group_size, full=True) for _ in range(2))
     weights = trainer.present_weights()
     for index, given in enumerate(data.arguments):
@@ -200,7 +211,8 @@ def _student_statistics(
         def record(node: Node, value: Tensor, masks: Mapping[str, Tensor] = masks, seen: slice = seen) -> None:
             name = node.meta["parofx_transform"]
             for statistics in found.get(name, ())[seen]:
-                statistics.update(select_rows(node, value, masks), where=f"the input of {name}")
+                rows = select_rows(node, value, masks)
+                statistics.update(rows, relative_to=relative[name], where=f"the input of {name}")
 
         with torch.no_grad():
             Student(module, weights, record).run(*given)

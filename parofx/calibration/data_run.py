@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from parofx.calibration.block_fitting import quantized_weights, train_block
+from parofx.calibration.block_fitting import quantized_weights, relative_to, train_block
 from parofx.calibration.block_student import Student
 from parofx.calibration.block_training import BlockData, floating_outputs
 from parofx.calibration.fitting import FittedTransform
@@ -161,10 +161,11 @@ class DataRun:
             self._observe(self._held_out, name, rows)
 
     def _observe(self, statistics: dict[str, InputStatistics], name: str, rows: Tensor) -> None:
+        transform = self._transforms[name]
         if name not in statistics:
-            group_size = self._transforms[name].group_size
-            statistics[name] = InputStatistics(rows.shape[-1], group_size, full=self._full)
-        statistics[name].update(rows, where=f"the input of {name}")
+            statistics[name] = InputStatistics(rows.shape[-1], transform.group_size, full=self._full)
+        weights = relative_to(transform, self._config.calibration)
+        statistics[name].update(rows, relative_to=weights, where=f"the input of {name}")
 
     def _pop_held_out(self, name: str) -> InputStatistics:
         """Return the held-out statistics of a transform, empty ones where this process saw no held-out batch."""

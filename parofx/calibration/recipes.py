@@ -21,6 +21,7 @@ _CLIP_RATIOS = tuple(1 - step / 40 for step in range(13))
 _FAST: dict[str, object] = {
     "steps": 60,
     "pairs": "matching",
+    "row_weights": "relative",
     "clip_ratios": _CLIP_RATIOS,
     "rounding": "feedback",
     "seqlen": 512,
@@ -37,6 +38,7 @@ _BEST = _FAST | {"transform_epochs": 2, "weight_epochs": 2, "tune_epochs": 3, "t
 _PAPER = _FAST | {
     "steps": 0,
     "pairs": "greedy",
+    "row_weights": "equal",
     "clip_ratios": (1.0,),
     "rounding": "nearest",
     "seqlen": 2048,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from parofx.errors import DataError, ShapeError
 
 #: Columns of full second moments computed at a time: what lies above the diagonal is mirrored, not computed.
 _COLUMNS = 256
+#: Least squared norm of an output that errors are relative to, in units of what chance gives.
+_LEAST_OUTPUT = 1e-3
 
 
 class InputStatistics:
@@ -75,11 +77,13 @@ class InputStatistics:
         """`E[x²]` per channel, fp32 `(K,)`; zeros before the first row."""
         return (self._sums.diagonal(dim1=1, dim2=2).flatten() / max(self.count, 1)).float()
 
-    def update(self, rows: Tensor, *, where: str = "a transform's inputs") -> None:
+    def update(self, rows: Tensor, *, relative_to: Sequence[Tensor] = (), where: str = "a transform's inputs") -> None:
         """Add a batch of rows.
 
         Args:
             rows: `(…, K)`, any floating dtype; no rows at all change nothing.
+            relative_to: weights `(N_i, K)`; each row is divided by the norm of what they make of it, so that errors
+                count relative to the outputs that they are errors of.
             where: what is observed, for the message of an error.
 
         Raises:
@@ -103,9 +107,11 @@ class InputStatistics:
         if peak > 0:
             if self._sums.device != rows.device:
                 self._sums = self._sums.to(rows.device)
-            scaled = rows.float() / peak
+            scaled, unit = rows.float() / peak, peak**2
+            if relative_to:
+                scaled, unit = relative_rows(scaled, relative_to), 1.0
             for where_to, products in self._products(scaled):
-                self._sums[where_to] += products.double().mul_(peak**2)
+                self._sums[where_to] += products.double().mul_(unit)
 
     def _products(self, rows: Tensor) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
         """Yield the places of sums and what the rows add there."""
@@ -169,6 +175,18 @@ class InputStatistics:
         """Take over the count and the sums of a state of equal sizes."""
         self.count = int(tensors["count"].item())
         self._sums.copy_(tensors["sums"])
+
+
+def relative_rows(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Return `rows (n, K)` divided by the norms of `[W₁; W₂; …] x`.
+
+    Rows that the weights map to almost nothing are divided by what chance would make of them, times `_LEAST_OUTPUT`.
+    """
+    with product_precision("fast"):
+        outputs = sum(torch.nn.functional.linear(rows, weight.float()).square().sum(-1) for weight in weights)
+    by_chance = sum(weight.float().square().sum() for weight in weights) / rows.shape[-1] * rows.square().sum(-1)
+    squares = outputs + _LEAST_OUTPUT * by_chance
+    return rows * torch.where(squares > 0, squares, torch.inf).rsqrt()[:, None]
 
 
 def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:

@@ -56,6 +56,34 @@ def test_leading_dimensions_and_dtypes(dtype: torch.dtype) -> None:
     )
 
 
+@given(rows=st.integers(1, 20), groups=st.integers(1, 3), outputs=st.integers(1, 9), seed=st.integers(0, 99))
+def test_rows_relative_to_outputs_count_alike_whatever_their_length(
+    rows: int, groups: int, outputs: int, seed: int
+) -> None:
+    x = sample(rows, groups, seed)
+    weights = [sample(outputs, groups, seed + 1), sample(2, groups, seed + 2)]
+    lengths = torch.logspace(-6, 6, rows)[:, None]
+    found = InputStatistics(x.shape[1], GROUP)
+    found.update(x * lengths, relative_to=weights)
+    both = torch.cat(weights).double()
+    chance = both.square().sum() / x.shape[1] * x.double().square().sum(-1)
+    norms = ((x.double() @ both.t()).square().sum(-1) + 1e-3 * chance).sqrt()
+    torch.testing.assert_close(found.block_gram.double(), expected_gram(x / norms[:, None]), rtol=0.02, atol=0.02)
+    assert found.count == rows
+
+
+def test_rows_that_give_nothing_do_not_become_infinite() -> None:
+    weight = torch.zeros(3, GROUP)
+    weight[:, 0] = 1.0
+    rows = torch.zeros(3, GROUP)
+    rows[1, 1], rows[2, 0] = 5.0, 2.0  # one of zeros, one that the weight does not see, one that it sees
+    for weights in ([weight], [torch.zeros(3, GROUP)]):
+        statistics = InputStatistics(GROUP, GROUP)
+        statistics.update(rows, relative_to=weights)
+        assert torch.isfinite(statistics.block_gram).all()
+    assert not statistics.block_gram.any()
+
+
 def test_no_rows_are_zero_moments() -> None:
     statistics = gathered(torch.empty(0, 2 * GROUP), torch.empty(2, 0, 2 * GROUP))
     assert statistics.count == 0

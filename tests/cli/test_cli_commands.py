@@ -108,6 +108,34 @@ def test_eval_without_a_reference_measures_perplexity_alone(files: Files, run: R
     assert "KL" not in output
 
 
+def test_eval_scores_tasks(files: Files, run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    rows = [{"question": "the", "choices": [" sea", " ?"], "answer": 0}] * 3
+    (tmp_path / "sea.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "sea",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "sea.jsonl")}, "cache_dir": str(tmp_path / "cache")
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (tmp_path / "sea.yaml").write_text(json.dumps(task))
+    options = ("--task", "sea", "--include-path", tmp_path, "--limit", 2, "--reference", files.float_model)
+    status, output, printed = run("eval", files.paro, *options, "--json", tmp_path / "result.json")
+    assert status == 0, output
+    (found,) = json.loads((tmp_path / "result.json").read_text())["tasks"]
+    assert (found["task"], found["metric"], found["samples"]) == ("sea", "acc", 2)
+    assert 0 <= found["value"] <= 1
+    assert 0 <= found["reference"] <= 1
+    assert "reference" in printed
+
+
 def test_generate_continues_each_prompt(files: Files, run: Run) -> None:
     options = ("-p", "why the sea ?", "-p", "ships", "--no-compile", "--max-new-tokens", 5, "--no-chat")
     status, output, _ = run("generate", files.paro, *options)

@@ -76,6 +76,17 @@ def test_a_wrong_value_is_explained(files: Files, run: Run, tmp_path: Path) -> N
     assert "group_size must be one of (128, 64, 32), got 48" in output
 
 
+def test_eval_wants_something_to_measure(files: Files, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, output, _ = run("eval", files.paro)
+    assert status == 2
+    assert "give --text, --task or both" in output
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, output, _ = run("eval", files.paro, "--task", "sea")
+    assert status == 2
+    assert "pip install 'parofx[eval]'" in output
+
+
 def test_given_options_come_before_the_file(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"krot": 2, "group_size": 64, "calibration": {"steps": 5, "seed": 3}}))

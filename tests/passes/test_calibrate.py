@@ -306,9 +306,9 @@ def test_statistics_of_a_shared_weight_are_pooled() -> None:
     statistics = InputStatistics(64, first.group_size, full=True)
     for batch in data:
         x = batch["arg0"]
-        statistics.update(x)
+        statistics.update(x, relative_to=[shared.weight])
         with torch.no_grad():
-            statistics.update(model[0](x))
+            statistics.update(model[0](x), relative_to=[shared.weight])
     again = prepared(model, data[0]["arg0"])
     transform = find_transforms(again)[0]
     with torch.no_grad():
