@@ -48,7 +48,9 @@ RESULTS = Path(__file__).parent / "results"
 _INTERVAL = 1.96
 
 NEAREST = CalibrationConfig(steps=0, clip_ratios=(1.0,), rounding="nearest")
-GPTQ = CalibrationConfig(steps=0, clip_ratios=(1.0,), rounding="feedback", damping=(0.01,), sweeps=0)
+GPTQ = CalibrationConfig(
+    steps=0, row_weights="equal", clip_ratios=(1.0,), rounding="feedback", damping=(0.01,), sweeps=0
+)
 FAST = CalibrationConfig()
 _GPTQ = "GPTQ (our error feedback, no transform)"
 #: Row → configuration, and whether calibration data is given.
