@@ -24,7 +24,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from parofx import kept_float
 from parofx.errors import DataError
+from parofx.nn import ParoLinear
 
 #: Logits of one forward that a batch size chosen here stays below.
 _LOGITS_BYTES = 512 * 2**20
@@ -124,6 +126,27 @@ def evaluate(
         top1_agreement=float(same.double().mean()) if compared else None,
         reference_perplexity=math.exp(torch.stack(reference_nll).mean()) if compared else None,
     )
+
+
+@contextlib.contextmanager
+def reference_head(model: nn.Module, reference: nn.Module) -> Iterator[bool]:
+    """Let a model with a quantized output head use the reference's, for as long as the context lasts.
+
+    What then is left of the divergence is that of all other linears. Yields whether there is a quantized head, and the
+    reference has one to lend.
+    """
+    own, lent = kept_float.output_head(model), kept_float.output_head(reference)
+    if not isinstance(own, ParoLinear) or lent is None:
+        yield False
+        return
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is own]
+    try:
+        for name in names:
+            model.set_submodule(name, lent)
+        yield True
+    finally:
+        for name in names:
+            model.set_submodule(name, own)
 
 
 def collect_logits(model: nn.Module, tokens: Tensor, *, path: str | Path, batch_size: int | None = None) -> Tensor:

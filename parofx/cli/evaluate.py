@@ -128,9 +128,18 @@ def _on_text(
         table.add_row("KL divergence (nats)", _with_error(result.kl_mean, result.kl_error))
         table.add_row("KL, 99th percentile", f"{result.kl_p99:.4f}")
         table.add_row("top-1 agreement", f"{result.top1_agreement:.2%}")
+    found = result.to_dict()
+    if other is not None:
+        with evaluation.reference_head(loaded.model, other) as quantized:
+            if quantized:
+                float_head = evaluation.evaluate(
+                    measured, tokens, reference=other, batch_size=batch_size, progress=True
+                )
+                found["kl_mean_float_head"] = float_head.kl_mean
+                table.add_row("KL with a float output head", _with_error(float_head.kl_mean, float_head.kl_error))
     table.add_row("seconds", f"{result.seconds:.1f}")
     console.print(table)
-    return result.to_dict()
+    return found
 
 
 def _on_tasks(
@@ -157,5 +166,7 @@ def _on_tasks(
     return rows
 
 
-def _with_error(value: float, error: float | None) -> str:
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

@@ -14,6 +14,7 @@ import parofx
 import parofx.cpu_ops
 from parofx.cli.common import size
 from parofx.cli.inspect import summarize
+from parofx.evaluation import reference_head
 
 
 def test_quantize_saves_a_checkpoint_and_its_report(files: Files) -> None:
@@ -88,6 +89,27 @@ def test_eval_compares_with_the_float_model(files: Files, run: Run, tmp_path: Pa
     assert found["top1_agreement"] > 0.5
     for label in ("perplexity", "KL divergence", "99th percentile", "top-1"):
         assert label in output
+
+
+def test_eval_tells_what_a_quantized_head_costs(files: Files, run: Run, tmp_path: Path) -> None:
+    float_model = tiny.save(tmp_path / "float", vocab_size=24)  # 8 divides it, as kernels want
+    quantize = ("--recipe", "data-free", "--steps", 1, "--group-size", 32, "--lm-head", 4)
+    assert run("quantize", float_model, "-o", tmp_path / "paro", *quantize).status == 0
+    options = ("--text", files.text, "--seqlen", 16, "--windows", 6, "--reference", float_model)
+    status, output, _ = run("eval", tmp_path / "paro", *options, "--json", tmp_path / "result.json")
+    assert status == 0, output
+    found = json.loads((tmp_path / "result.json").read_text())
+    # Of this model's 15 linears the head is the one right before the logits.
+    assert 0 < found["kl_mean_float_head"] < found["kl_mean"]
+    assert "KL with a float output head" in output
+    model = parofx.load_pretrained(tmp_path / "paro")
+    head = model.lm_head
+    with reference_head(model, tiny.model(vocab_size=24)) as quantized:
+        assert quantized
+        assert isinstance(model.lm_head, torch.nn.Linear)
+    assert model.lm_head is head
+    with reference_head(tiny.model(), tiny.model()) as quantized:
+        assert not quantized
 
 
 @pytest.mark.slow
