@@ -217,11 +217,11 @@ def _write_casts(gm: GraphModule) -> int:
 
 
 def _split_rotation(gm: GraphModule, node: Node) -> None:
-    x, pairs, theta, channel_scales, *packed, group_size = node.args
+    x, pairs, theta, channel_scales, *rest = node.args
     with gm.graph.inserting_before(node):
-        rotated = gm.graph.call_function(ROTATE, (x, pairs, theta, channel_scales, group_size))
+        rotated = gm.graph.call_function(ROTATE, (x, pairs, theta, channel_scales, node.args[8]))
         inherit_meta(rotated, node).meta["val"] = x.meta.get("val") if isinstance(x, Node) else None
-        linear = gm.graph.call_function(INT4_LINEAR, (rotated, *packed, group_size))
+        linear = gm.graph.call_function(INT4_LINEAR, (rotated, *rest))
     linear.meta = dict(node.meta)
     node.replace_all_uses_with(linear)
     gm.graph.erase_node(node)
