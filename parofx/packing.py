@@ -102,7 +102,7 @@ def unpack_words(words: Tensor, bits: int = 4) -> Tensor:
 
 def _to_planes(runs: Tensor) -> Tensor:
     """Return the bytes `(rows, runs, 12)` of three words for each run of 32 codes below 8, `(rows, runs, 32)`."""
-    eights = runs.unflatten(2, (4, 8))  # a byte of a word holds one bit of eight columns
+    eights = runs.view(*runs.shape[:2], 4, 8)  # a byte of a word holds one bit of eight columns
     planes = torch.zeros(*runs.shape[:2], 3, 4, dtype=torch.uint8, device=runs.device)
     for plane in range(3):
         for column in range(8):
@@ -112,7 +112,7 @@ def _to_planes(runs: Tensor) -> Tensor:
 
 def _from_planes(packed: Tensor) -> Tensor:
     """Invert `_to_planes`."""
-    planes = packed.unflatten(2, (3, 4))
+    planes = packed.view(*packed.shape[:2], 3, 4)
     eights = torch.zeros(*packed.shape[:2], 4, 8, dtype=torch.uint8, device=packed.device)
     for plane in range(3):
         for column in range(8):
