@@ -14,9 +14,9 @@ from parofx.errors import ConfigError, one_per_line
 #: Bit widths the quantizer computes.
 QUANTIZER_BITS = (2, 3, 4, 8)
 #: Bit widths the checkpoint format and the kernels store.
-PACKED_BITS = (4,)
+PACKED_BITS = (3, 4, 8)
 #: Bit widths of a quantized output head.
-HEAD_BITS = (4,)
+HEAD_BITS = (4, 8)
 #: Smaller group sizes tried, in this order, when the asked one does not divide every layer.
 FALLBACK_GROUP_SIZES = (64, 32)
 #: A linear whose `in_features` this does not divide never becomes a quantized one.
@@ -165,15 +165,15 @@ class ParoConfig:
     """What is quantized, and into what.
 
     Args:
-        bits: width of a weight.
+        bits: width of a weight: 3, 4 or 8. Linears on CUDA run the reference, which is slow, unless it is 4.
         group_size: input channels that share a scale, a zero point and a rotation group. It is the largest
             used: where it does not divide every layer, the next of 64 and 32 that does is taken for the
             whole model (or per layer with `mixed_group_size`).
         krot: rotation rounds; 0 leaves only the channel scales.
         modules_to_not_convert: module names or glob patterns (`"model.layers.0.*"`) left float.
         share_siblings: one transform for all linears of a block that read the same tensor.
-        lm_head: "float" leaves the output head as it is, 4 quantizes it. An embedding table that it is tied to stays
-            float and is stored beside it.
+        lm_head: "float" leaves the output head as it is, 4 or 8 quantizes it to so many bits. An embedding table that
+            it is tied to stays float and is stored beside it.
         mixed_group_size: choose the group size per layer.
         calibration: how the transforms are fitted.
     """
@@ -183,7 +183,7 @@ class ParoConfig:
     krot: int = 8
     modules_to_not_convert: tuple[str, ...] = ()
     share_siblings: bool = True
-    lm_head: Literal["float", 4] = "float"
+    lm_head: Literal["float", 4, 8] = "float"
     mixed_group_size: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 

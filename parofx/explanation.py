@@ -93,7 +93,7 @@ def _explain_quantized(model: nn.Module, gm: GraphModule) -> Explanation:
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, ParoLinear):
-            what = f"4 bit; group_size {module.group_size}; krot {module.krot}"
+            what = f"{module.bits} bit; group_size {module.group_size}; krot {module.krot}"
             where = f"lowered to {lowered[name]}" if name in lowered else "the example inputs never reach it"
             rows.append(ExplainedLinear(name, "quantized", _joined(what, merged.get(name), fused.get(name), where)))
         elif isinstance(module, nn.Linear):
@@ -107,10 +107,10 @@ def _convert_structure(gm: GraphModule) -> None:
         for linear in transform.linears:
             out_features, in_features = linear.weight.shape
             groups = in_features // transform.group_size
-            columns = out_features // packing.CODES_PER_WORD
+            words = packing.words_per_row(out_features, linear.bits)
             packed = (
-                torch.empty(in_features, columns, dtype=torch.int32, device="meta"),
-                torch.empty(groups, columns, dtype=torch.int32, device="meta"),
+                torch.empty(in_features, words, dtype=torch.int32, device="meta"),
+                torch.empty(groups, words, dtype=torch.int32, device="meta"),
                 torch.empty(groups, out_features, dtype=torch.float16, device="meta"),
             )
             rewrite(gm, transform, linear, packed)

@@ -40,11 +40,11 @@ class KernelLayout(Protocol):
         """Return why linears on a device are not held in this layout, or None."""
         ...
 
-    def pack(self, tensors: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+    def pack(self, tensors: Mapping[str, Tensor], group_size: int, bits: int) -> dict[str, Tensor]:
         """Return `buffers` of a checkpoint's tensors."""
         ...
 
-    def unpack(self, packed: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+    def unpack(self, packed: Mapping[str, Tensor], group_size: int, bits: int) -> dict[str, Tensor]:
         """Invert `pack`: fresh tensors, equal to the last bit."""
         ...
 
@@ -54,6 +54,7 @@ class KernelLayout(Protocol):
         packed: Mapping[str, Tensor],
         bias: Tensor | None,
         group_size: int,
+        bits: int,
         eager_activations: Activations = "float",
     ) -> Tensor:
         """Return `(…, N)` for `x (…, K)`; differentiable in `x`, and one operator call where a graph is traced.

@@ -17,10 +17,10 @@ ROTATION_NAMES = ("theta", "pairs", "channel_scales")
 
 
 def tensor_specs(
-    in_features: int, out_features: int, group_size: int, krot: int, *, bias: bool
+    in_features: int, out_features: int, group_size: int, krot: int, *, bias: bool, bits: int = 4
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return name → (dtype, shape) of the checkpoint tensors of one linear."""
-    groups, words = in_features // group_size, out_features // packing.CODES_PER_WORD
+    groups, words = in_features // group_size, packing.words_per_row(out_features, bits)
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "qweight": (torch.int32, (in_features, words)),
         "qzeros": (torch.int32, (groups, words)),
@@ -50,13 +50,15 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str = "ParoLinear") -> N
     group_size = in_features // groups
     if group_size % 2 or group_size < 2:
         raise ShapeError(f"{where}: group_size (rows of qweight over rows of scales) must be even, got {group_size}")
-    specs = tensor_specs(in_features, out_features, group_size, krot, bias="bias" in tensors)
+    bits = packing.packed_bits(tensors["qweight"], tensors["scales"])
+    specs = tensor_specs(in_features, out_features, group_size, krot, bias="bias" in tensors, bits=bits)
     for name, (dtype, shape) in specs.items():
         found = tensors[name]
         if found.dtype != dtype or tuple(found.shape) != shape:
             raise ShapeError(
                 f"{where}.{name}: expected {dtype} {shape}, got {found.dtype} {tuple(found.shape)} "
-                f"(in_features {in_features}, out_features {out_features}, group_size {group_size}, krot {krot})"
+                f"(in_features {in_features}, out_features {out_features}, bits {bits}, group_size {group_size}, "
+                f"krot {krot})"
             )
     if not tensors["pairs"].is_meta:
         rotation.check_pairs(tensors["pairs"], group_size, f"{where}.pairs")

@@ -1,4 +1,4 @@
-"""`ParoLinear`: a linear layer in the rotated, 4-bit form of a PARO checkpoint."""
+"""`ParoLinear`: a linear layer in the rotated form of a PARO checkpoint, 4 bits a weight or 3 or 8."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from parofx import kernel_layouts, linear_tensors, packing, rotation
-from parofx import ops as _ops  # noqa: F401  (registers torch.ops.parofx)
 from parofx.config import Activations
 from parofx.cpu_ops import packed_linear as _packed_linear  # noqa: F401  (registers its layout)
 from parofx.errors import LoweringError, ShapeError
 from parofx.linear_tensors import ROTATION_NAMES, TENSOR_NAMES, check_tensors, tensor_specs
+from parofx.ops import stated_bits
 
 __all__ = ["CHECKPOINT", "ROTATION_NAMES", "TENSOR_NAMES", "ParoLinear", "check_tensors", "tensor_specs"]
 
@@ -34,8 +34,8 @@ class ParoLinear(nn.Module):
 
     | tensor | dtype | shape |
     |-|-|-|
-    | `qweight` | int32 | `(K, N/8)` |
-    | `qzeros` | int32 | `(K/g, N/8)` |
+    | `qweight` | int32 | `(K, bits·N/32)` |
+    | `qzeros` | int32 | `(K/g, bits·N/32)` |
     | `scales` | fp16 | `(K/g, N)` |
     | `theta` | fp16 | `(krot, K/2)` |
     | `pairs` | int16 | `(krot, K)` |
@@ -49,13 +49,15 @@ class ParoLinear(nn.Module):
 
     Args:
         in_features: K.
-        out_features: N, a multiple of 8.
+        out_features: N, a multiple of 8 (32 for 3 bits, 4 for 8 bits).
         group_size: input channels that share a scale and a rotation group; divides K.
         krot: rotation rounds.
         bias: whether there is a bias.
+        bits: width of a weight: 3, 4 or 8.
         device: of the buffers; `"meta"` allocates nothing.
 
     Raises:
+        ConfigError: if words do not hold codes of so many bits.
         ShapeError: if the sizes do not fit together.
     """
 
@@ -83,19 +85,23 @@ class ParoLinear(nn.Module):
         group_size: int,
         krot: int,
         bias: bool,
+        bits: int = 4,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if group_size < 2 or group_size % 2 or in_features % group_size or out_features % packing.CODES_PER_WORD:
+        packing.check_packable(bits)
+        columns = packing.COLUMNS_PER_RUN[bits]
+        if group_size < 2 or group_size % 2 or in_features % group_size or out_features % columns:
             raise ShapeError(
-                f"group_size must be even and divide in_features, {packing.CODES_PER_WORD} must divide out_features: "
-                f"got group_size {group_size}, in_features {in_features}, out_features {out_features}"
+                f"group_size must be even and divide in_features, {columns} must divide out_features: got group_size "
+                f"{group_size}, in_features {in_features}, out_features {out_features}, bits {bits}"
             )
         self.in_features = in_features
         self.out_features = out_features
+        self.bits = bits
         self.group_size = group_size
         self.krot = krot
-        for name, (dtype, shape) in tensor_specs(in_features, out_features, group_size, krot, bias=bias).items():
+        for name, (dtype, shape) in self._specs(bias=bias).items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
         if not bias:
             self.register_buffer("bias", None)
@@ -123,6 +129,7 @@ class ParoLinear(nn.Module):
             group_size=in_features // groups,
             krot=tensors["pairs"].shape[0],
             bias="bias" in tensors,
+            bits=packing.packed_bits(tensors["qweight"], tensors["scales"]),
             device="meta",
         )
         for name, tensor in tensors.items():
@@ -140,7 +147,7 @@ class ParoLinear(nn.Module):
         buffers: dict[str, Any] = self._buffers
         if layout != CHECKPOINT:
             kernels = kernel_layouts.by_name(layout)
-            return kernels.linear(x, buffers, buffers["bias"], self.group_size, self.eager_activations)
+            return kernels.linear(x, buffers, buffers["bias"], self.group_size, self.bits, self.eager_activations)
         if self.eager_activations != "float" and not torch.compiler.is_compiling():
             raise LoweringError(
                 f"{self.eager_activations} activations need kernels, and there are none for group_size "
@@ -157,6 +164,7 @@ class ParoLinear(nn.Module):
             buffers["scales"],
             buffers["bias"],
             self.group_size,
+            *stated_bits(self.bits),
         )
         return result
 
@@ -194,7 +202,7 @@ class ParoLinear(nn.Module):
         if self.layout == CHECKPOINT:
             return tensors
         with torch.no_grad(), torch.inference_mode(False), torch._C._DisableAutocast():
-            unpacked = kernel_layouts.by_name(self.layout).unpack(tensors, self.group_size)
+            unpacked = kernel_layouts.by_name(self.layout).unpack(tensors, self.group_size, self.bits)
         return unpacked | {name: tensors[name] for name in ("bias",) if name in tensors}
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -209,15 +217,18 @@ class ParoLinear(nn.Module):
     def packed_bytes(self) -> int:
         """Return the bytes of the checkpoint's tensors."""
         has_bias = self._buffers["bias"] is not None
-        specs = tensor_specs(self.in_features, self.out_features, self.group_size, self.krot, bias=has_bias)
-        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._specs(bias=has_bias).values())
 
     def extra_repr(self) -> str:
         """Show sizes and format, as `nn.Linear` does."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits=4, group_size={self.group_size}, krot={self.krot}"
+            f"bits={self.bits}, group_size={self.group_size}, krot={self.krot}"
         )
+
+    def _specs(self, *, bias: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        sizes = (self.in_features, self.out_features, self.group_size, self.krot)
+        return tensor_specs(*sizes, bias=bias, bits=self.bits)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _settle(self) -> str:
@@ -234,7 +245,7 @@ class ParoLinear(nn.Module):
                     self._layout = CHECKPOINT
                 else:
                     with torch.no_grad(), torch.inference_mode(False), torch._C._DisableAutocast():
-                        packed = layout.pack(buffers, self.group_size)
+                        packed = layout.pack(buffers, self.group_size, self.bits)
                     self._lineage = kernel_layouts.Lineage.of(buffers["theta"])
                     self._hold(packed | {"bias": buffers["bias"]}, layout.name)
             return self._layout or CHECKPOINT

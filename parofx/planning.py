@@ -38,6 +38,7 @@ class PlannedLinear:
     name: str
     in_features: int
     out_features: int
+    bits: int
     group_size: int
     krot: int
     transform: str
@@ -191,9 +192,9 @@ def _planned(gm: GraphModule, transform: Transform) -> list[PlannedLinear]:
     for linear in transform.linears:
         out_features, in_features = linear.weight.shape
         bias = any(len(call.args) > 2 and call.args[2] is not None for call in linear.calls)
-        specs = tensor_specs(in_features, out_features, transform.group_size, krot, bias=bias)
+        specs = tensor_specs(in_features, out_features, transform.group_size, krot, bias=bias, bits=linear.bits)
         stored = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
-        sizes = (in_features, out_features, transform.group_size, krot)
+        sizes = (in_features, out_features, linear.bits, transform.group_size, krot)
         found.append(PlannedLinear(linear.name, *sizes, transform.name, transform.block, stored))
     return found
 

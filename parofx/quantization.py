@@ -49,7 +49,7 @@ def quantize(
     example_inputs: object = None,
     progress: bool = True,
 ) -> QuantizationReport:
-    """Quantize a model's linear layers to 4 bit, in place.
+    """Quantize a model's linear layers, to 4 bit if `config` says nothing else, in place.
 
     The model is captured as a graph; what becomes of each linear is decided there and not by names. Modules are
     replaced after everything is computed: on an error or Ctrl-C the model is as before.
@@ -146,8 +146,8 @@ def _warn(report: QuantizationReport) -> None:
     lost = [linear.name for linear in report.linears if not linear.relative_error < _LOST]
     if lost:
         logger.warning(
-            "4 bits lose more than half of what these linears compute; their weights may be too small for scales in "
-            "fp16. Leave them float with modules_to_not_convert, or rescale them:\n%s",
+            "so few bits lose more than half of what these linears compute; their weights may be too small for scales "
+            "in fp16. Leave them float with modules_to_not_convert, or rescale them:\n%s",
             one_per_line(lost),
         )
 
@@ -202,7 +202,7 @@ def _modules(gm: GraphModule) -> dict[str, ParoLinear]:
     """Return the modules a CONVERTED graph stands for, by name; siblings hold one set of rotation tensors."""
     modules: dict[str, ParoLinear] = {}
     for node in nodes_calling(gm.graph, INT4_LINEAR):
-        rotated, qweight, qzeros, scales, bias, _ = node.args
+        rotated, qweight, qzeros, scales, bias, *_ = node.args
         name = str(qweight.target).removesuffix(".qweight")  # type: ignore[union-attr]
         if name in modules:
             continue
@@ -225,7 +225,7 @@ def _linear_report(gm: GraphModule, name: str, module: ParoLinear) -> LinearRepo
         name=name,
         in_features=module.in_features,
         out_features=module.out_features,
-        bits=4,
+        bits=module.bits,
         group_size=module.group_size,
         krot=module.krot,
         transform=transform.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,8 +168,17 @@ def round_to_nearest(gm: GraphModule) -> None:
     for transform in find_transforms(gm):
         for one in transform.linears:
             rotated = rotate_weight(one.weight, *transform.parameters(gm), transform.group_size)
-            one.set_grid(gm, *affine.choose_qparams(rotated, transform.bits, transform.group_size))
+            one.set_grid(gm, *affine.choose_qparams(rotated, one.bits, transform.group_size))
     set_stage(gm, Stage.CALIBRATED)
+
+
+def set_bits(gm: GraphModule, bits: Mapping[str, int]) -> None:
+    """Give linears of a PREPARED graph, known by the ends of their names, another width."""
+    for transform in find_transforms(gm):
+        for one in transform.linears:
+            width = next((width for name, width in bits.items() if one.name.endswith(name)), one.bits)
+            w, scales, zeros, _, group_size = one.fake_quantize.args
+            one.fake_quantize.args = (w, scales, zeros, width, group_size)
 
 
 def config(**options: Any) -> ParoConfig:

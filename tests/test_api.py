@@ -100,7 +100,9 @@ class TestExplain:
             ]
             expected.append(ExplainedLinear(f"{block}.down", "quantize", "own transform; group_size 64"))
         expected += [
-            ExplainedLinear("head", "keep float", "out_features is no multiple of 8 (12 out_features)"),
+            ExplainedLinear(
+                "head", "keep float", "out_features fill no whole words (12 out_features; 4 bits need a multiple of 8)"
+            ),
             ExplainedLinear(
                 "w",
                 "keep float",
@@ -110,7 +112,10 @@ class TestExplain:
         assert list(found.rows) == expected
         lines = str(found).splitlines()
         assert lines[0] == "2 blocks: stack.whatever.0, stack.whatever.1"
-        assert " ".join(lines[-2].split()) == "head keep float out_features is no multiple of 8 (12 out_features)"
+        assert (
+            " ".join(lines[-2].split())
+            == "head keep float out_features fill no whole words (12 out_features; 4 bits need a multiple of 8)"
+        )
 
     def test_nothing_is_changed(self) -> None:
         model = graphs.Stack(1).train()

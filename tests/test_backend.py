@@ -197,13 +197,14 @@ def test_graphs_share_packed_tensors(spy):
 
 
 @pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="needs a C++ compiler")
-def test_a_lowered_model_holds_one_copy_of_its_weights():
+@pytest.mark.parametrize("bits", [{}, {"0": 3, "2": 8, "3.q": 3, "3.k": 3}], ids=["4 bits", "other widths"])
+def test_a_lowered_model_holds_one_copy_of_its_weights(bits):
     """Prefill, decode and dynamic graphs read the modules' own tensors; merged siblings are slices of one buffer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512)).eval()
     model.append(nn.ModuleDict({name: nn.Linear(512, 256) for name in "qk"}))
     model.forward = lambda x: (lambda y: model[3]["q"](y) * model[3]["k"](y))(model[2](model[1](model[0](x))))
-    model = round_model(model, group_size=128, krot=2)
+    model = round_model(model, group_size=128, krot=2, bits=lambda name: bits.get(name, 4))
     linears = [module for module in model.modules() if isinstance(module, ParoLinear)]
     state = copy.deepcopy(model.state_dict())
     size = sum(layer.packed_bytes() for layer in linears)

@@ -41,6 +41,8 @@ calibrations = st.builds(
 )
 configs = st.builds(
     ParoConfig,
+    bits=st.sampled_from((3, 4, 8)),
+    lm_head=st.sampled_from(("float", 4, 8)),
     group_size=st.sampled_from((128, 64, 32)),
     krot=st.integers(0, 32),
     modules_to_not_convert=st.lists(st.text(min_size=1, max_size=8), max_size=3).map(tuple),
@@ -101,9 +103,9 @@ def test_sequences_become_tuples():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, r"bits must be one of \(4,\), got 3.*the kernels know no other width"),
-        ({"bits": "4"}, r"bits must be one of \(4,\), got '4'"),
-        ({"bits": 4.0}, r"bits must be one of \(4,\), got 4\.0"),
+        ({"bits": 2}, r"bits must be one of \(3, 4, 8\), got 2.*the kernels know no other width"),
+        ({"bits": "4"}, r"bits must be one of \(3, 4, 8\), got '4'"),
+        ({"bits": 4.0}, r"bits must be one of \(3, 4, 8\), got 4\.0"),
         ({"group_size": 96}, r"group_size must be one of \(128, 64, 32\), got 96"),
         ({"group_size": 128.0}, r"group_size must be one of \(128, 64, 32\), got 128\.0"),
         ({"krot": -1}, "krot must be an integer of at least 0, got -1"),
@@ -112,9 +114,9 @@ def test_sequences_become_tuples():
         ({"modules_to_not_convert": "lm_head"}, "must be a sequence of names, got 'lm_head'"),
         ({"modules_to_not_convert": 5}, "must be a sequence of names, got 5"),
         ({"modules_to_not_convert": (1,)}, r"must be a sequence of names, got \(1,\)"),
-        ({"lm_head": "int4"}, r"lm_head must be one of \('float', 4\), got 'int4'"),
-        ({"lm_head": 8}, r"lm_head must be one of \('float', 4\), got 8"),
-        ({"lm_head": 4.0}, r"lm_head must be one of \('float', 4\), got 4.0"),
+        ({"lm_head": "int4"}, r"lm_head must be one of \('float', 4, 8\), got 'int4'"),
+        ({"lm_head": 3}, r"lm_head must be one of \('float', 4, 8\), got 3"),
+        ({"lm_head": 4.0}, r"lm_head must be one of \('float', 4, 8\), got 4.0"),
         ({"calibration": {"steps": 1}}, "calibration must be a CalibrationConfig, got dict"),
         ({"share_siblings": "no"}, "share_siblings must be True or False, got 'no'"),
         ({"mixed_group_size": 1}, "mixed_group_size must be True or False, got 1"),

@@ -50,7 +50,7 @@ def equal_tensors(one, other):
 
 
 def test_forward_gives_the_references_answer():
-    def forward(x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, group_size):
+    def forward(x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, group_size, bits=4):
         tensors = {
             "qweight": qweight,
             "qzeros": qzeros,
@@ -60,10 +60,10 @@ def test_forward_gives_the_references_answer():
             "channel_scales": channel_scales.reshape(1, -1),
         }
         module = ParoLinear.from_tensors(tensors if bias is None else tensors | {"bias": bias})
-        assert module.group_size == group_size
+        assert (module.group_size, module.bits) == (group_size, bits)
         return module(x)
 
-    cases = rotate_linear_cases(rotation_dtypes=(torch.float16,))
+    cases = rotate_linear_cases(rotation_dtypes=(torch.float16,), bits=(4, 3, 8))
     # Kernels may round activations to bf16 before they multiply.
     check_rotate_int4_linear(forward, cases=cases, tolerances=NARROW_OPERANDS)
 
@@ -256,15 +256,15 @@ def test_impossible_values_are_not_loaded(packed, name, index, value, message):
     assert module.k.layout == layout
 
 
-@given(rotate_linear_cases(rotation_dtypes=(torch.float16,), dtypes=(torch.float64,)))
+@given(rotate_linear_cases(rotation_dtypes=(torch.float16,), dtypes=(torch.float64,), bits=(4, 3, 8)))
 def test_dequantized_weight_is_the_forward_of_the_identity(case):
     tensors = tensors_of(case)
     tensors["channel_scales"] = tensors["channel_scales"].reshape(1, -1)
     bias = tensors.pop("bias", None)
     module = ParoLinear.from_tensors(tensors)
     weight = module.dequantized_weight(torch.float64)
-    assert weight.shape == (8 * case.words, case.in_features)
-    # fp64 from end to end; a weight is a sum over its group of at most 128 products below 2.
+    assert weight.shape == (case.out_features, case.in_features)
+    # fp64 from end to end; a weight is a sum over its group of at most 128 products below 7.
     identity = torch.eye(case.in_features, dtype=torch.float64)
     torch.testing.assert_close(module(identity).T, weight, rtol=0, atol=1e-11)
     # Another association of the same sums, and the bias on top.
@@ -356,7 +356,7 @@ def test_missing_and_unexpected_tensors_are_listed():
             torch.zeros(3, 12, dtype=torch.int16),
             "ParoLinear.pairs: round 0, group 0 must be a permutation of 0..5",
         ),
-        ("scales", torch.zeros(2, 24).half(), r"qweight \(K, N/8\), qzeros .* must agree"),
+        ("scales", torch.zeros(2, 24).half(), r"qweight \(K, bits·N/32\), qzeros .* must agree"),
     ],
 )
 def test_contradicting_tensors_are_refused(name, tensor, message):

@@ -23,20 +23,21 @@ FP32 = 1e-5
 K, N, GROUP = 128, 72, 32
 
 
-def some_linear(seed: int = 0, *, bias: bool = True, krot: int = 3) -> ParoLinear:
+def some_linear(seed: int = 0, *, bias: bool = True, krot: int = 3, bits: int = 4) -> ParoLinear:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(N, K, generator=generator)
-    shift = torch.randn(N, generator=generator) if bias else None
-    return round_linear(weight, shift, random_rotation(K, GROUP, krot, seed), GROUP)
+    out_features = 96 if bits == 3 else N
+    weight = torch.randn(out_features, K, generator=generator)
+    shift = torch.randn(out_features, generator=generator) if bias else None
+    return round_linear(weight, shift, random_rotation(K, GROUP, krot, seed), GROUP, bits)
 
 
 def some_input(*batch: int) -> torch.Tensor:
     return torch.randn(*(batch or (3,)), K, generator=torch.Generator().manual_seed(9))
 
 
-def reference(tensors, x):
+def reference(tensors, x, bits=4):
     names = ("pairs", "theta", "channel_scales", "qweight", "qzeros", "scales")
-    return torch.ops.parofx.rotate_int4_linear(x, *(tensors[name] for name in names), tensors.get("bias"), GROUP)
+    return torch.ops.parofx.rotate_int4_linear(x, *(tensors[name] for name in names), tensors.get("bias"), GROUP, bits)
 
 
 def same(one, other) -> bool:
@@ -45,15 +46,15 @@ def same(one, other) -> bool:
     )
 
 
-@pytest.mark.parametrize("krot", [0, 3])
+@pytest.mark.parametrize(("krot", "bits"), [(0, 4), (3, 4), (3, 3), (0, 8)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_first_forward_packs_and_the_state_dict_stays(krot, bias):
-    module = some_linear(bias=bias, krot=krot)
+def test_the_first_forward_packs_and_the_state_dict_stays(krot, bits, bias):
+    module = some_linear(bias=bias, krot=krot, bits=bits)
     before = copy.deepcopy(module.state_dict())
     assert module.layout == "checkpoint"
     result = module(some_input())
     assert module.layout == "cpu"
-    assert relative_error(result, reference(before, some_input())) < FP32
+    assert relative_error(result, reference(before, some_input(), bits)) < FP32
     assert same(module.state_dict(), before)
     assert same(nn.Sequential(module).state_dict(), {f"0.{key}": value for key, value in before.items()})
     assert same(module.checkpoint_tensors(), before)
@@ -72,8 +73,9 @@ def test_layouts_change_under_autocast():
     assert module(some_input()).dtype == torch.float32
 
 
-def test_there_is_one_copy():
-    module = some_linear()
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_there_is_one_copy(bits):
+    module = some_linear(bits=bits)
     packed_size = module.packed_bytes()
     module.pack_()
     assert {name for name, _ in module.named_buffers()} == {*CpuLayout.buffers, "bias"}
@@ -81,6 +83,7 @@ def test_there_is_one_copy():
     rotation = module.get_buffer("cpu_rotation").nbytes
     zeros = module.get_buffer("cpu_zeros").nbytes
     assert resident <= packed_size + rotation + zeros
+    assert module.get_buffer("cpu_weight").nbytes == module.out_features * K * bits // 8
     assert module.packed_bytes() == packed_size
 
 

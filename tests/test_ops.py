@@ -13,10 +13,12 @@ from parofx.testing import (
     check_rotate_int4_linear,
     check_rotate_int4_linear_case,
     check_rotation,
+    linear_cases,
     rotate_linear_cases,
 )
 
 paro = torch.ops.parofx
+WIDTHS = (4, 3, 8)
 METADATA = ("test_schema", "test_faketensor")
 
 
@@ -28,7 +30,7 @@ def siblings_args(cases, *, shared):
     has_bias = [weight.bias is not None for weight in weights]
     packed = [list(tensors) for tensors in zip(*(weight[:3] for weight in weights), strict=True)]
     turned = [list(tensors) for tensors in zip(*rotations, strict=True)]
-    return (cases[0].x(), *turned, *packed, bias, has_bias, cases[0].group_size)
+    return (cases[0].x(), *turned, *packed, bias, has_bias, cases[0].group_size, *ops.stated_bits(cases[0].bits))
 
 
 def three_cases(**options):
@@ -45,11 +47,12 @@ def test_rotate_gives_the_references_answer():
 
 
 def test_int4_linear_gives_the_references_answer():
-    check_int4_linear(paro.int4_linear, tolerances=WIDE_OPERANDS)
+    check_int4_linear(paro.int4_linear, cases=linear_cases(bits=WIDTHS), tolerances=WIDE_OPERANDS)
 
 
 def test_rotate_int4_linear_gives_the_references_answer():
-    check_rotate_int4_linear(paro.rotate_int4_linear, tolerances=WIDE_OPERANDS)
+    cases = rotate_linear_cases(bits=WIDTHS)
+    check_rotate_int4_linear(paro.rotate_int4_linear, cases=cases, tolerances=WIDE_OPERANDS)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -68,13 +71,13 @@ def test_siblings_give_the_references_answer(shared):
     check_rotate_int4_linear(with_siblings, tolerances=WIDE_OPERANDS)
 
 
-@given(rotate_linear_cases(krots=(0, 2)), st.booleans())
+@given(rotate_linear_cases(krots=(0, 2), bits=WIDTHS), st.booleans())
 def test_siblings_are_the_linears_one_by_one(case, shared):
     other = RotateLinearCase(**(vars(case) | {"words": 2, "bias": not case.bias, "seed": case.seed + 1}))
     cases = [case, other]
     outputs = paro.rotate_int4_siblings(*siblings_args(cases, shared=shared))
     for output, linear, rotated in zip(outputs, cases, [case, case if shared else other], strict=True):
-        expected = paro.rotate_int4_linear(case.x(), *rotated.rotation(), *linear.weight(), case.group_size)
+        expected = paro.rotate_int4_linear(case.x(), *rotated.rotation(), *linear.weight(), case.group_size, case.bits)
         assert torch.equal(output, expected)
 
 
@@ -96,22 +99,25 @@ def test_opcheck_of_metadata(batch, layout, dtype):
     opcheck(paro.rotate_int4_siblings, siblings_args([case, case], shared=True), test_utils=METADATA)
 
 
-@pytest.mark.parametrize("krot", [0, 3])
+@pytest.mark.parametrize(("krot", "bits"), [(0, 4), (3, 4), (1, 3), (1, 8)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [(0,), (5,), (2, 3)])
-def test_opcheck_with_autograd(batch, bias, krot):
-    case = RotateLinearCase(batch=batch, groups=2, group_size=6, krot=krot, words=2, bias=bias, layout="transposed")
+def test_opcheck_with_autograd(batch, bias, krot, bits):
+    case = RotateLinearCase(
+        batch=batch, groups=2, group_size=6, krot=krot, words=2, bits=bits, bias=bias, layout="transposed"
+    )
     x, (pairs, theta, scales), (*packed, bias_tensor) = case.x(), case.rotation(), case.weight()
     x, theta, scales = (tensor.detach().requires_grad_() for tensor in (x, theta, scales))
     bias_tensor = None if bias_tensor is None else bias_tensor.requires_grad_()
     opcheck(paro.rotate, (x, pairs, theta, scales, 6))
-    opcheck(paro.int4_linear, (x, *packed, bias_tensor, 6))
-    opcheck(paro.rotate_int4_linear, (x, pairs, theta, scales, *packed, bias_tensor, 6))
+    opcheck(paro.int4_linear, (x, *packed, bias_tensor, 6, bits))
+    opcheck(paro.rotate_int4_linear, (x, pairs, theta, scales, *packed, bias_tensor, 6, bits))
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("shared", [True, False])
-def test_opcheck_of_siblings_with_autograd(shared):
-    x, *rest = siblings_args(three_cases(), shared=shared)
+def test_opcheck_of_siblings_with_autograd(shared, bits):
+    x, *rest = siblings_args(three_cases(bits=bits), shared=shared)
     for tensors in (*rest[1:3], rest[6]):
         for tensor in tensors:
             tensor.requires_grad_()
@@ -293,6 +299,20 @@ def changed(position, tensor, args):
     return (*args[:position], tensor, *args[position + 1 :])
 
 
+def test_linears_refuse_codes_of_another_width():
+    case = RotateLinearCase(batch=(5,), groups=2, group_size=6, krot=1, words=2, bits=8)
+    message = r"must hold codes of 4 bits, got \(12, 2\) and \(2, 8\): 8 bits"
+    for device in ("cpu", "meta"):
+        x, rotation, weight = (
+            torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor, device=device: tensor.to(device), one)
+            for one in (case.x(), case.rotation(), case.weight())
+        )
+        with pytest.raises(ShapeError, match=message):
+            paro.int4_linear(x, *weight, 6)
+        with pytest.raises(ShapeError, match=message):
+            paro.rotate_int4_linear(x, *rotation, *weight, 6)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     ("position", "shape", "message"),
@@ -300,12 +320,13 @@ def changed(position, tensor, args):
         (
             0,
             (5, 8),
-            r"x \(…, K\), qweight \(K, N/8\) and scales \(K/6, N\) must agree, got \(5, 8\), \(12, 1\) and \(2, 8\)",
+            r"x \(…, K\), qweight .* and scales \(K/6, N\) must agree, got \(5, 8\), \(12, 1\) and \(2, 8\)",
         ),
         (1, (12,), "qweight, qzeros and scales must be matrices"),
         (1, (6, 1), r"must agree, got \(5, 12\), \(6, 1\) and \(2, 8\)"),
-        (2, (3, 1), r"qweight \(K, N/8\), qzeros .* must agree"),
-        (3, (2, 16), r"qweight \(K, N/8\), qzeros .* must agree"),
+        (1, (12, 2), r"qweight \(K, bits·N/32\), qzeros .* must agree"),
+        (2, (3, 1), r"qweight \(K, bits·N/32\), qzeros .* must agree"),
+        (3, (2, 16), r"qweight \(K, bits·N/32\), qzeros .* must agree"),
         (4, (7,), r"bias must be \(8,\), got \(7,\)"),
     ],
 )
@@ -349,7 +370,7 @@ SIBLINGS_COUNTS = "siblings need one rotation, or one each"
         (lambda args: changed(8, [True], args), r"has_bias must name 2 of 3 linears, got \[True\]"),
         (lambda args: changed(8, [True] * 3, args), r"has_bias must name 2 of 3 linears, got \[True, True, True\]"),
         (lambda args: changed(0, args[0][:, :6], args), "pairs must be an integer tensor"),
-        (lambda args: changed(4, [args[4][0]] * 3, args), r"qweight \(K, N/8\), qzeros .* must agree"),
+        (lambda args: changed(4, [args[4][0]] * 3, args), r"qweight \(K, bits·N/32\), qzeros .* must agree"),
         (lambda args: changed(7, args[7][::-1], args), r"bias must be \(8,\), got \(16,\)"),
         (lambda args: changed(9, 4, args), r"scales \(K/4, N\) must agree"),
     ],

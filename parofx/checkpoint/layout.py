@@ -1,6 +1,6 @@
 """What a PARO checkpoint must hold: its tensors, its configuration, and how the two agree.
 
-A module is quantized if and only if `<name>.qweight` exists. Group size and krot are read off the tensors; the
+A module is quantized if and only if `<name>.qweight` exists. Bits, group size and krot are read off the tensors; the
 configuration may only repeat them.
 """
 
@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parofx import linear_tensors
+from parofx import linear_tensors, packing
 from parofx import nn as paro_nn
 from parofx.config import PACKED_BITS
 from parofx.errors import CheckpointError, ShapeError, one_per_line
 from parofx.nn import ParoLinear
+from parofx.ops import DEFAULT_BITS
 
 #: `quant_method` of the published checkpoints.
 QUANT_METHOD = "paroquant"
+#: What the configuration lists of modules that differ from the rest, by its key.
+PER_MODULE = {"module_bits": "bits", "group_sizes": "group sizes"}
 #: Any of these marks a module as quantized; the rest of its tensors must then be there too.
 _MARKS = ("qweight", "qzeros", "channel_scales")
 _FUSED_EXPERTS = tuple(
@@ -41,7 +44,8 @@ def paro_linears(model: nn.Module) -> dict[str, ParoLinear]:
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return the `quantization_config` of a model's `ParoLinear`s.
 
-    `group_size` is the most frequent one; if there are others, `group_sizes` lists the modules that have them.
+    `bits` and `group_size` are the most frequent ones; if there are others, `module_bits` and `group_sizes` list the
+    modules that have them. So what is stored in 4 bits and one group size is described as if there were nothing else.
 
     Raises:
         CheckpointError: if there is no `ParoLinear`, the model is one itself, or krot is not the same everywhere.
@@ -56,9 +60,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
         raise CheckpointError(f"a checkpoint has one krot, got {sorted(krots)}; quantize all linears with the same")
     sizes = Counter(linear.group_size for linear in linears.values())
     group_size = max(sizes, key=lambda size: (sizes[size], size))
+    widths = Counter(linear.bits for linear in linears.values())
+    bits = max(widths, key=lambda width: (widths[width], width == DEFAULT_BITS, width))
     config: dict[str, Any] = {
         "quant_method": QUANT_METHOD,
-        "bits": PACKED_BITS[0],
+        "bits": bits,
         "group_size": group_size,
         "krot": krots.pop(),
         "modules_to_not_convert": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
@@ -67,6 +73,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         config["group_sizes"] = {
             name: linear.group_size for name, linear in linears.items() if linear.group_size != group_size
         }
+    if len(widths) > 1:
+        config["module_bits"] = {name: linear.bits for name, linear in linears.items() if linear.bits != bits}
     return config
 
 
@@ -121,26 +129,34 @@ def why_not_readable(config: object) -> list[str]:
         return [f"config.json must hold a 'quantization_config' object, got {config!r}"]
     if config.get("quant_method") != QUANT_METHOD:
         return [f"quant_method must be {QUANT_METHOD!r}, got {config.get('quant_method')!r}"]
-    if config.get("bits", PACKED_BITS[0]) not in PACKED_BITS:
+    if config.get("bits", DEFAULT_BITS) not in PACKED_BITS:
         return [f"bits must be one of {PACKED_BITS}, got {config['bits']!r}"]
-    if not isinstance(config.get("group_sizes", {}), Mapping):
-        return [f"group_sizes must map module names to group sizes, got {config['group_sizes']!r}"]
-    return []
+    return [
+        f"{key} must map module names to {what}, got {config[key]!r}"
+        for key, what in PER_MODULE.items()
+        if not isinstance(config.get(key, {}), Mapping)
+    ]
 
 
 def why_not_quantized(quantized: Quantized, config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the modules' tensors, against one another and against the configuration."""
     problems = []
-    group_sizes = config.get("group_sizes") or {}
-    problems += [f"{name}: in group_sizes, but not quantized" for name in sorted(set(group_sizes) - set(quantized))]
+    listed: dict[str, Mapping[str, Any]] = {key: config.get(key) or {} for key in PER_MODULE}
+    for key, modules in listed.items():
+        problems += [f"{name}: in {key}, but not quantized" for name in sorted(set(modules) - set(quantized))]
     for name, tensors in quantized.items():
         try:
             paro_nn.check_tensors(tensors, name)
         except ShapeError as error:
             problems.append(_naming(name, error))
             continue
-        stated = {"group_size": group_sizes.get(name, config.get("group_size")), "krot": config.get("krot")}
+        stated = {
+            "bits": listed["module_bits"].get(name, config.get("bits")),
+            "group_size": listed["group_sizes"].get(name, config.get("group_size")),
+            "krot": config.get("krot"),
+        }
         found = {
+            "bits": packing.packed_bits(tensors["qweight"], tensors["scales"]),
             "group_size": tensors["qweight"].shape[0] // tensors["scales"].shape[0],
             "krot": tensors["pairs"].shape[0],
         }

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from parofx import packing
 from parofx.checkpoint.layout import Quantized
 from parofx.nn import ParoLinear
 
@@ -47,6 +48,7 @@ def place(model: nn.Module, quantized: Quantized) -> None:
                 group_size=in_features // tensors["scales"].shape[0],
                 krot=tensors["pairs"].shape[0],
                 bias="bias" in tensors,
+                bits=packing.packed_bits(tensors["qweight"], tensors["scales"]),
                 device="meta",
             ).train(module.training)
         model.set_submodule(name, made[id(module)])

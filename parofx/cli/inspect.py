@@ -12,7 +12,6 @@ from rich.table import Table
 
 from parofx.cli.common import JsonFile, console, size, write_json
 from parofx.cli.quantize import REPORT_FILE
-from parofx.config import PACKED_BITS
 from parofx.errors import CheckpointError, one_per_line
 
 
@@ -105,6 +104,7 @@ def summarize(folder: Path) -> Summary:
     Raises:
         CheckpointError: if it is no PARO checkpoint, or its tensors contradict its configuration.
     """
+    from parofx import packing
     from parofx.checkpoint import files, layout
 
     quantization = files.read_json(folder / files.CONFIG_FILE).get("quantization_config") or {}
@@ -123,7 +123,7 @@ def summarize(folder: Path) -> Summary:
                 name=name,
                 out_features=out_features,
                 in_features=in_features,
-                bits=quantization.get("bits", PACKED_BITS[0]),
+                bits=packing.packed_bits(tensors["qweight"], tensors["scales"]),
                 group_size=in_features // groups,
                 krot=tensors["pairs"].shape[0],
                 bytes=sum(tensor.nbytes for tensor in tensors.values()),

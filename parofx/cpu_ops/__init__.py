@@ -8,14 +8,15 @@ The operators, registered by the loaded library, are
         int bits, int group_size, int activation_mode) -> Tensor
     torch.ops.parofx_cpu.rotate_int4_linear(
         Tensor x, Tensor[] rotations, Tensor[] weights, Tensor[] scales, Tensor[] zeros, Tensor?[] biases,
-        int group_size, int activation_mode) -> Tensor[]
+        int group_size, int activation_mode, int bits=4) -> Tensor[]
 
 with `x (..., K)` in fp32, bf16 or fp16 and any strides; one output `(..., N_i)` per linear, contiguous, of x's dtype;
 `rotations` one for all linears or one for each, an empty tensor meaning none; `weights`, `scales`, `zeros` and
-`rotations` as `pack_weight` (`pack_byte_weight` for 8 bits) and `pack_rotation` return them; `activation_mode` 0 to
-multiply the activations as they are and 1 to quantize them to int8 per (row, group) after the rotation, which not every
-instruction set does for 8-bit weights. The first is for one linear of 4 or 8 bits, the second for siblings: lists take
-longer to pass than tensors. They have no gradient: that is the business of `parofx::rotate_int4_linear`.
+`rotations` as `pack_weight` (`pack_plane_weight` for 3 bits, `pack_byte_weight` for 8) and `pack_rotation` return them;
+`activation_mode` 0 to multiply the activations as they are and 1 to quantize them to int8 per (row, group) after the
+rotation, which not every instruction set does for 8-bit weights. The first is for one linear, the second for siblings,
+whose codes have one width: lists take longer to pass than tensors. They have no gradient: that is the business of
+`parofx::rotate_int4_linear`.
 
 Where activations are multiplied "as they are", one row of bf16 and any number of rows of fp16 and fp32 are held as
 24-bit integers per (row, group) on the AVX512_BF16 and AMX paths: at most 2^-24 of the group's largest value is lost.
@@ -35,6 +36,7 @@ from torch import Tensor
 from parofx.cpu_ops.build import BuildFailedError, BuildUnavailableError, build_library, cache_dir, find_compiler
 from parofx.cpu_ops.layout import pack_codes, pack_rotation, pack_weight, unpack_rotation, unpack_weight
 from parofx.cpu_ops.layout_bytes import pack_byte_codes, pack_byte_weight, unpack_byte_weight
+from parofx.cpu_ops.layout_planes import pack_plane_codes, pack_plane_weight, unpack_plane_weight
 
 __all__ = [
     "BuildFailedError",
@@ -46,9 +48,12 @@ __all__ = [
     "pack_byte_codes",
     "pack_byte_weight",
     "pack_codes",
+    "pack_plane_codes",
+    "pack_plane_weight",
     "pack_rotation",
     "pack_weight",
     "unpack_byte_weight",
+    "unpack_plane_weight",
     "unpack_rotation",
     "unpack_weight",
     "why_unavailable",
@@ -173,5 +178,6 @@ def _fake_rotate_int4_linear(
     biases: list[Tensor | None],
     group_size: int,
     activation_mode: int,
+    bits: int = 4,
 ) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]

@@ -10,6 +10,8 @@ and G = K / g:
 | scales | `scales` fp16 (G, N) | `scales` fp16 (N, G) | (G, N) in blocks of 32 columns |
 | rotation | `pairs`, `theta`, `channel_scales` | `rotation` uint8 (bytes,) | one run of bytes per group |
 
+These are 4-bit codes; `layout_planes.py` has the layout of 3-bit ones and `layout_bytes.py` that of 8-bit ones.
+
 The kernel tensors' shapes give their sizes only; their elements are blocked. The angles cannot be read back from
 `rotation`, so who wants the checkpoint's form again keeps `theta`. Nothing is padded, and as long as every
 N is a multiple of 32, concatenating layers along dimension 0 gives the packed tensors of the merged layer.
@@ -312,3 +314,8 @@ def _from_blocks(elements: Tensor, rows: int, columns: int) -> Tensor:
     if whole == columns:
         return blocks
     return torch.cat((blocks, elements[rows * whole :].view(rows, -1)), dim=1)
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    """Copy, not `contiguous()`: that keeps the odd stride a dimension of one may have, and views then fail."""
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -13,7 +13,7 @@ order in which the kernels keep int8 activations. The checkpoint's word w holds 
 import torch
 from torch import Tensor
 
-from parofx.cpu_ops.layout import CHUNK, _check_sizes, _check_tensor, _from_blocks, _to_blocks
+from parofx.cpu_ops.layout import CHUNK, _check_sizes, _check_tensor, _cloned, _from_blocks, _to_blocks
 
 #: Codes in one int32 word of the checkpoint.
 CODES_PER_WORD = 4
@@ -95,8 +95,3 @@ def pack_byte_codes(codes: Tensor, zeros: Tensor, scales: Tensor, group_size: in
     words = _cloned(by_chunk.transpose(1, 2)).view(torch.int32).squeeze(-1)
     weight = _to_blocks(words).view(torch.uint8).view(out_features, in_features)
     return weight, _to_blocks(scales).view(out_features, groups), _to_blocks(zeros).view(out_features, groups)
-
-
-def _cloned(tensor: Tensor) -> Tensor:
-    """Copy, not `contiguous()`: that keeps the odd stride a dimension of one may have, and views then fail."""
-    return tensor.clone(memory_format=torch.contiguous_format)

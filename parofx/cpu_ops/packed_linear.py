@@ -1,8 +1,8 @@
 """A linear held in the CPU kernels' layout: its operators, and the layout `ParoLinear` knows.
 
-    rotate_int4_cpu_linear(x, rotation, theta, weight, scales, zeros, bias, g)
-        = rotate_int4_linear(x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, g)
-      where qweight, qzeros, scales = unpack_cpu_weight(weight, scales, zeros)
+    rotate_int4_cpu_linear(x, rotation, theta, weight, scales, zeros, bias, g, bits)
+        = rotate_int4_linear(x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, g, bits)
+      where qweight, qzeros, scales = unpack_cpu_weight(weight, scales, zeros, bits)
             pairs, channel_scales   = unpack_cpu_rotation(rotation, theta, g)
 
 This equality is what a pass rewrites by, so that a graph knows one linear whatever the layout, and what a lowering
@@ -21,31 +21,32 @@ from torch import Tensor
 from parofx import cpu_ops, kernel_layouts, ops
 from parofx.config import Activations
 from parofx.cpu_ops import layout
+from parofx.cpu_ops.layouts import PACK, UNPACK
 from parofx.errors import LoweringError
 from parofx.ops.autocast import as_autocast
-from parofx.packing import CODES_PER_WORD
+from parofx.packing import words_per_row
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Width of the codes.
-BITS = 4
 #: The kernels' `activation_mode`.
 ACTIVATION_MODES: dict[Activations, int] = {"float": 0, "int8": 1}
 
 
 @torch.library.custom_op("parofx::unpack_cpu_weight", mutates_args=())
-def unpack_cpu_weight(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the checkpoint's `(qweight, qzeros, scales)` of `weight (N, K/2)`, `scales` and `zeros (N, K/g)`."""
-    out_features, in_features = weight.shape[0], 2 * weight.shape[1]
+def unpack_cpu_weight(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the checkpoint's `(qweight, qzeros, scales)` of `weight (N, bits·K/8)`, `scales` and `zeros (N, K/g)`."""
+    out_features, in_features = weight.shape[0], 8 * weight.shape[1] // bits
     group_size = in_features // scales.shape[1]
-    qweight, qzeros, unpacked = layout.unpack_weight(weight, scales, zeros, group_size, in_features, out_features)
+    unpacked = UNPACK[bits](weight, scales, zeros, group_size, in_features, out_features)
     # A single block of columns is not reordered, and an operator's outputs are its own.
-    return qweight, qzeros, unpacked.clone() if unpacked.data_ptr() == scales.data_ptr() else unpacked
+    sources = {weight.data_ptr(), scales.data_ptr(), zeros.data_ptr()}
+    qweight, qzeros, steps = (part.clone() if part.data_ptr() in sources else part for part in unpacked)
+    return qweight, qzeros, steps
 
 
 @unpack_cpu_weight.register_fake
-def _(weight: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    out_features, in_features = weight.shape[0], 2 * weight.shape[1]
-    groups, words = scales.shape[1], out_features // CODES_PER_WORD
+def _(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    out_features, in_features = weight.shape[0], 8 * weight.shape[1] // bits
+    groups, words = scales.shape[1], words_per_row(out_features, bits)
     return (
         weight.new_empty((in_features, words), dtype=torch.int32),
         weight.new_empty((groups, words), dtype=torch.int32),
@@ -78,14 +79,15 @@ def rotate_int4_cpu_linear(
     zeros: Tensor,
     bias: Tensor | None,
     group_size: int,
+    bits: int = 4,
 ) -> Tensor:
     """Return `rotate_int4_linear` of the tensors that these are packed from, `(…, N)`, in `x`'s dtype."""
     if _kernels_serve(x):
-        return _run_kernels(x, rotation, weight, scales, zeros, bias, group_size)
-    qweight, qzeros, unpacked = torch.ops.parofx.unpack_cpu_weight(weight, scales, zeros)
+        return _run_kernels(x, rotation, weight, scales, zeros, bias, group_size, bits)
+    qweight, qzeros, unpacked = torch.ops.parofx.unpack_cpu_weight(weight, scales, zeros, bits)
     pairs, channel_scales = torch.ops.parofx.unpack_cpu_rotation(rotation, theta, group_size)
     result: Tensor = torch.ops.parofx.rotate_int4_linear(
-        x, pairs, theta, channel_scales, qweight, qzeros, unpacked, bias, group_size
+        x, pairs, theta, channel_scales, qweight, qzeros, unpacked, bias, group_size, bits
     )
     return result
 
@@ -100,24 +102,25 @@ def _(
     zeros: Tensor,
     bias: Tensor | None,
     group_size: int,
+    bits: int = 4,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, bias, ctx.group_size = inputs
+    *tensors, bias, ctx.group_size, ctx.bits = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, rotation, theta, *packed = ctx.saved_tensors
-    unpacked = torch.ops.parofx.unpack_cpu_weight(*packed)
+    unpacked = torch.ops.parofx.unpack_cpu_weight(*packed, ctx.bits)
     pairs, channel_scales = torch.ops.parofx.unpack_cpu_rotation(rotation, theta, ctx.group_size)
     grad_rotated = torch.ops.parofx.int4_linear_backward(grad, *unpacked)
     grads = torch.ops.parofx.rotate_backward(grad_rotated, x, pairs, theta, channel_scales, ctx.group_size)
     grad_bias = None if ctx.bias_dtype is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grads[0], None, None, None, None, None, grad_bias, None
+    return grads[0], None, None, None, None, None, grad_bias, None, None
 
 
 rotate_int4_cpu_linear.register_autograd(_differentiate, setup_context=_save)
@@ -136,10 +139,11 @@ def _run_kernels(
     zeros: Tensor,
     bias: Tensor | None,
     group_size: int,
+    bits: int,
     activations: Activations = "float",
 ) -> Tensor:
     result: Tensor = torch.ops.parofx_cpu.rotate_linear.default(
-        x, rotation, weight, scales, zeros, bias, BITS, group_size, ACTIVATION_MODES[activations]
+        x, rotation, weight, scales, zeros, bias, bits, group_size, ACTIVATION_MODES[activations]
     )
     return result
 
@@ -182,19 +186,19 @@ class CpuLayout:
             return f"the kernels are not available: {cpu_ops.why_unavailable()}"
         return None
 
-    def pack(self, tensors: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+    def pack(self, tensors: Mapping[str, Tensor], group_size: int, bits: int) -> dict[str, Tensor]:
         """Return the kernels' tensors; siblings with one rotation hold one copy of it."""
         theta = tensors["theta"]
         rotation = layout.pack_rotation(tensors["pairs"], theta, tensors["channel_scales"], group_size)
-        weight = layout.pack_weight(tensors["qweight"], tensors["qzeros"], tensors["scales"], group_size)
+        weight = PACK[bits](tensors["qweight"], tensors["qzeros"], tensors["scales"], group_size)
         # Copied, since the checkpoint's may be written while a sibling is packed already.
         shared = kernel_layouts.share("cpu_rotation", rotation), kernel_layouts.share("cpu_theta", theta.clone())
         return dict(zip(self.buffers, (*shared, *weight), strict=True))
 
-    def unpack(self, packed: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+    def unpack(self, packed: Mapping[str, Tensor], group_size: int, bits: int) -> dict[str, Tensor]:
         """Invert `pack`: fresh tensors, equal to the last bit."""
         rotation, theta, *weight = (packed[name] for name in self.buffers)
-        qweight, qzeros, scales = torch.ops.parofx.unpack_cpu_weight(*weight)
+        qweight, qzeros, scales = torch.ops.parofx.unpack_cpu_weight(*weight, bits)
         pairs, channel_scales = torch.ops.parofx.unpack_cpu_rotation(rotation, theta, group_size)
         return {
             "qweight": qweight,
@@ -211,6 +215,7 @@ class CpuLayout:
         packed: Mapping[str, Tensor],
         bias: Tensor | None,
         group_size: int,
+        bits: int,
         eager_activations: Activations = "float",
     ) -> Tensor:
         """Return `(…, N)` for `x (…, K)`; differentiable in `x`, and one operator call where a graph is traced.
@@ -221,7 +226,7 @@ class CpuLayout:
         rotation, theta, weight = packed["cpu_rotation"], packed["cpu_theta"], packed["cpu_weight"]
         scales, zeros = packed["cpu_scales"], packed["cpu_zeros"]
         if eager_activations == "int8" and not torch.compiler.is_compiling():
-            return _run_kernels(_quantizable(x), rotation, weight, scales, zeros, bias, group_size, "int8")
+            return _run_kernels(_quantizable(x), rotation, weight, scales, zeros, bias, group_size, bits, "int8")
         # Outside of graphs, with no gradient to record and nothing to cast, the kernel is called directly.
         direct = not (
             torch.compiler.is_compiling()
@@ -229,9 +234,9 @@ class CpuLayout:
             or torch.is_autocast_enabled("cpu")
         )
         if direct and _kernels_serve(x):
-            return _run_kernels(x, rotation, weight, scales, zeros, bias, group_size)
+            return _run_kernels(x, rotation, weight, scales, zeros, bias, group_size, bits)
         result: Tensor = torch.ops.parofx.rotate_int4_cpu_linear(
-            x, rotation, theta, weight, scales, zeros, bias, group_size
+            x, rotation, theta, weight, scales, zeros, bias, group_size, *ops.stated_bits(bits)
         )
         return result
 

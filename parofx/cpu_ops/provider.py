@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from parofx import cpu_ops
-from parofx.cpu_ops.layout import GROUP_SIZES, pack_rotation, pack_weight, place_together
-from parofx.cpu_ops.packed_linear import ACTIVATION_MODES, BITS, DTYPES
+from parofx.cpu_ops.layout import GROUP_SIZES, pack_rotation, place_together
+from parofx.cpu_ops.layouts import PACK
+from parofx.cpu_ops.packed_linear import ACTIVATION_MODES, DTYPES
+from parofx.ops import stated_bits
 from parofx.passes.layouts import packed_rotation, packed_weight
 
 if TYPE_CHECKING:
@@ -47,14 +49,14 @@ class CpuProvider:
         mode = ACTIVATION_MODES[call.activations]
         if len(weights) == 1:
             # An operator without lists, which take longer to pass than the rest of a call.
-            one: tuple[Any, ...] = (call.x, rotations[0], *weights[0], call.biases[0], BITS, call.group_size, mode)
+            one: tuple[Any, ...] = (call.x, rotations[0], *weights[0], call.biases[0], call.bits, call.group_size, mode)
             output = graph.call_function(torch.ops.parofx_cpu.rotate_linear.default, one)
             output.meta = dict(call.node.meta)
             return [output]
         if all(packed_weight(nodes) is not None for nodes in call.weights):
             call.place_together(weights, place_together)
         packed: list[Any] = [[weight[index] for weight in weights] for index in range(3)]
-        args = (call.x, rotations, *packed, list(call.biases), call.group_size, mode)
+        args = (call.x, rotations, *packed, list(call.biases), call.group_size, mode, *stated_bits(call.bits))
         merged = graph.call_function(torch.ops.parofx_cpu.rotate_int4_linear.default, args)
         merged.meta = dict(call.node.meta)
         return [graph.call_function(operator.getitem, (merged, index)) for index in range(len(weights))]
@@ -72,7 +74,7 @@ class CpuProvider:
         if held is not None:
             return held
         qweight, qzeros, scales = map(call.tensor, nodes)
-        return call.constants("cpu_weight", nodes, partial(pack_weight, qweight, qzeros, scales, call.group_size))
+        return call.constants("cpu_weight", nodes, partial(PACK[call.bits], qweight, qzeros, scales, call.group_size))
 
 
 def _pack_rotation(pairs: Tensor, theta: Tensor, channel_scales: Tensor, group_size: int) -> tuple[Tensor]:

@@ -11,6 +11,14 @@ from parofx import packing, rotation
 from parofx.errors import ShapeError
 from parofx.ops.autocast import cast_activation
 
+#: Width of codes where an operator's call states none.
+DEFAULT_BITS = 4
+
+
+def stated_bits(bits: int) -> tuple[int, ...]:
+    """Return the trailing arguments that state a width: none for 4, so that graphs of 4-bit linears show nothing."""
+    return () if bits == DEFAULT_BITS else (bits,)
+
 
 def reference_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x @ Wq + bias`, computed in fp32 (fp64 for fp64) and rounded once."""
@@ -20,16 +28,23 @@ def reference_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor,
     return torch.nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
 
 
-def check_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> None:
-    """Check that the tensors of one int4 linear fit together.
+def check_linear(
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, group: int, bits: int
+) -> None:
+    """Check that the tensors of one packed linear fit together.
 
     Raises:
         ShapeError: saying what was expected and what came.
     """
     packing.check_packed_shapes(qweight, qzeros, scales)
+    if packing.packed_bits(qweight, scales) != bits:
+        raise ShapeError(
+            f"qweight (K, {bits}·N/32) and scales (K/g, N) must hold codes of {bits} bits, got {tuple(qweight.shape)} "
+            f"and {tuple(scales.shape)}: {packing.packed_bits(qweight, scales)} bits"
+        )
     if x.shape[-1] != qweight.shape[0] or scales.shape[0] * group != qweight.shape[0]:
         raise ShapeError(
-            f"x (…, K), qweight (K, N/8) and scales (K/{group}, N) must agree, got {tuple(x.shape)}, "
+            f"x (…, K), qweight (K, bits·N/32) and scales (K/{group}, N) must agree, got {tuple(x.shape)}, "
             f"{tuple(qweight.shape)} and {tuple(scales.shape)}"
         )
     if bias is not None and tuple(bias.shape) != (scales.shape[1],):
@@ -40,16 +55,21 @@ def check_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bia
 
 @torch.library.custom_op("parofx::int4_linear", mutates_args=())
 def int4_linear(
-    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, group_size: int
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, bits: int = 4
 ) -> Tensor:
-    """Return `x @ Wq + bias`, `(…, N)`, with `Wq = (q − z)·scales` and `x (…, K)` already rotated."""
-    check_linear(x, qweight, qzeros, scales, bias, group_size)
+    """Return `x @ Wq + bias`, `(…, N)`, with `Wq = (q − z)·scales` and `x (…, K)` already rotated.
+
+    The name is from when there were four bits only; `bits` says how many the codes have.
+    """
+    check_linear(x, qweight, qzeros, scales, bias, group_size, bits)
     return reference_linear(x, qweight, qzeros, scales, bias)
 
 
 @int4_linear.register_fake
-def _(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
-    check_linear(x, qweight, qzeros, scales, bias, group_size)
+def _(
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, bits: int = 4
+) -> Tensor:
+    check_linear(x, qweight, qzeros, scales, bias, group_size, bits)
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
@@ -73,14 +93,14 @@ def _grad_bias(ctx: Any, grad: Tensor) -> Tensor | None:
 
 
 def _save_int4_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, qweight, qzeros, scales, bias, _ = inputs
+    _, qweight, qzeros, scales, bias, *_ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(qweight, qzeros, scales)
 
 
 def _differentiate_int4_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = torch.ops.parofx.int4_linear_backward(grad, *ctx.saved_tensors)
-    return grad_x, None, None, None, _grad_bias(ctx, grad), None
+    return grad_x, None, None, None, _grad_bias(ctx, grad), None, None
 
 
 int4_linear.register_autograd(_differentiate_int4_linear, setup_context=_save_int4_linear)
@@ -98,9 +118,10 @@ def rotate_int4_linear(
     scales: Tensor,
     bias: Tensor | None,
     group_size: int,
+    bits: int = 4,
 ) -> Tensor:
     """Return `ROT(x ⊙ channel_scales) @ Wq + bias`, `(…, N)`, rounded once to `x`'s dtype."""
-    check_linear(x, qweight, qzeros, scales, bias, group_size)
+    check_linear(x, qweight, qzeros, scales, bias, group_size, bits)
     rotated = rotation.rotate(x.to(rotation.compute_dtype(x.dtype)), pairs, theta, channel_scales, group_size)
     return reference_linear(rotated, qweight, qzeros, scales, bias).to(x.dtype)
 
@@ -116,14 +137,15 @@ def _(
     scales: Tensor,
     bias: Tensor | None,
     group_size: int,
+    bits: int = 4,
 ) -> Tensor:
     rotation.check_shapes(x.shape[-1], pairs, theta, channel_scales, group_size)
-    check_linear(x, qweight, qzeros, scales, bias, group_size)
+    check_linear(x, qweight, qzeros, scales, bias, group_size, bits)
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
 def _save_rotate_int4_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, ctx.group_size = inputs
+    x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, ctx.group_size, _ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, pairs, theta, channel_scales, qweight, qzeros, scales)
 
@@ -132,7 +154,7 @@ def _differentiate_rotate_int4_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | 
     x, pairs, theta, channel_scales, *packed = ctx.saved_tensors
     grad_rotated = torch.ops.parofx.int4_linear_backward(grad, *packed)
     grads = torch.ops.parofx.rotate_backward(grad_rotated, x, pairs, theta, channel_scales, ctx.group_size)
-    return grads[0], None, grads[1], grads[2], None, None, None, _grad_bias(ctx, grad), None
+    return grads[0], None, grads[1], grads[2], None, None, None, _grad_bias(ctx, grad), None, None
 
 
 rotate_int4_linear.register_autograd(_differentiate_rotate_int4_linear, setup_context=_save_rotate_int4_linear)

@@ -209,5 +209,5 @@ def _pair_with_inputs(
     sources = [*x] * (counts[0] if len(x) == 1 else 1)
     linears = list(zip(sources, qweight, qzeros, scales, spread_bias(bias, has_bias), strict=True))
     for parts in linears:
-        check_linear(*parts, group_size)
+        check_linear(*parts, group_size, 4)
     return linears

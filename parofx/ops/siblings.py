@@ -11,7 +11,7 @@ from torch import Tensor
 from parofx import rotation
 from parofx.errors import ShapeError
 from parofx.ops.autocast import cast_activation
-from parofx.ops.linear import check_linear, reference_linear
+from parofx.ops.linear import check_linear, reference_linear, stated_bits
 
 
 @torch.library.custom_op("parofx::rotate_int4_siblings", mutates_args=())
@@ -26,12 +26,13 @@ def rotate_int4_siblings(
     bias: Sequence[Tensor],
     has_bias: Sequence[bool],
     group_size: int,
+    bits: int = 4,
 ) -> list[Tensor]:
     """Return one `(…, N_i)` per linear that reads `x`: one rotation for all (lists of one), or one for each.
 
-    `bias` holds the biases of those linears for which `has_bias` is true, in order.
+    `bias` holds the biases of those linears for which `has_bias` is true, in order. All have codes of `bits` bits.
     """
-    _check_siblings(x, (pairs, theta, channel_scales), (qweight, qzeros, scales), bias, has_bias, group_size)
+    _check_siblings(x, (pairs, theta, channel_scales), (qweight, qzeros, scales), bias, has_bias, group_size, bits)
     wide = x.to(rotation.compute_dtype(x.dtype))
     rotations = zip(pairs, theta, channel_scales, strict=True)
     rotated = [rotation.rotate(wide, *parts, group_size) for parts in rotations] * _repeats(pairs, qweight)
@@ -51,8 +52,9 @@ def _(
     bias: Sequence[Tensor],
     has_bias: Sequence[bool],
     group_size: int,
+    bits: int = 4,
 ) -> list[Tensor]:
-    _check_siblings(x, (pairs, theta, channel_scales), (qweight, qzeros, scales), bias, has_bias, group_size)
+    _check_siblings(x, (pairs, theta, channel_scales), (qweight, qzeros, scales), bias, has_bias, group_size, bits)
     return [x.new_empty((*x.shape[:-1], scale.shape[1])) for scale in scales]
 
 
@@ -63,6 +65,7 @@ def _check_siblings(
     bias: Sequence[Tensor],
     has_bias: Sequence[bool],
     group_size: int,
+    bits: int,
 ) -> None:
     counts = [len(tensors) for tensors in (*rotations, *linears)]
     count = counts[3]
@@ -76,7 +79,7 @@ def _check_siblings(
     for pairs, theta, channel_scales in zip(*rotations, strict=True):
         rotation.check_shapes(x.shape[-1], pairs, theta, channel_scales, group_size)
     for qweight, qzeros, scales, one_bias in zip(*linears, spread_bias(bias, has_bias), strict=True):
-        check_linear(x, qweight, qzeros, scales, one_bias, group_size)
+        check_linear(x, qweight, qzeros, scales, one_bias, group_size, bits)
 
 
 def spread_bias(bias: Sequence[Tensor], has_bias: Sequence[bool]) -> list[Tensor | None]:
@@ -91,7 +94,7 @@ def _repeats(pairs: Sequence[Tensor], qweight: Sequence[Tensor]) -> int:
 
 def save_siblings(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keep what `differentiate_siblings` needs."""
-    x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, ctx.has_bias, ctx.group_size = inputs
+    x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, ctx.has_bias, ctx.group_size, ctx.bits = inputs
     ctx.bias_dtypes = [one.dtype for one in bias]
     ctx.counts = (len(pairs), len(qweight))
     ctx.save_for_backward(x, *pairs, *theta, *channel_scales, *qweight, *qzeros, *scales)
@@ -128,7 +131,9 @@ def differentiate_siblings(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, .
         for dtype, grad in zip(ctx.bias_dtypes, with_bias, strict=True)
     ]
     none = [None] * linears
-    return grad_x, [None] * rotations, grad_theta, grad_scales, none, none, none, grad_bias, None, None
+    # The dispatcher drops a trailing argument that has its default, and wants no gradient for it.
+    rest_grads = [None] * (2 + len(stated_bits(ctx.bits)))
+    return grad_x, [None] * rotations, grad_theta, grad_scales, none, none, none, grad_bias, *rest_grads
 
 
 rotate_int4_siblings.register_autograd(differentiate_siblings, setup_context=save_siblings)

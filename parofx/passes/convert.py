@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from parofx import affine, packing
 from parofx.calibration.fitting import rotate_weight
 from parofx.errors import PassError
+from parofx.ops import stated_bits
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.derived import derived
 from parofx.passes.graph import INT4_LINEAR, binding, buffer_node, remove_dead_code
@@ -57,13 +58,13 @@ class Convert:
 
         def make() -> tuple[Tensor, Tensor, Tensor]:
             rotated = rotate_weight(linear.weight, *transform.parameters(gm), transform.group_size)
-            codes = affine.quantize(rotated, scales, zeros, transform.bits, transform.group_size)
-            return packing.pack_linear(codes, scales, zeros, bits=transform.bits)
+            codes = affine.quantize(rotated, scales, zeros, linear.bits, transform.group_size)
+            return packing.pack_linear(codes, scales, zeros, bits=linear.bits)
 
         if not self.reuse:
             return make()
         # A grid that was fitted once and kept is the same tensor again.
-        return derived(("packed", id(scales)), [linear.parameter, scales], make)
+        return derived(("packed", id(scales), linear.bits), [linear.parameter, scales], make)
 
 
 def why_not(gm: GraphModule, linear: TransformedLinear) -> str | None:
@@ -95,7 +96,8 @@ def rewrite(
             biases[bias] = _half_bias(gm, linear, call, bias, len(biases))
         with gm.graph.inserting_before(call):
             bias = biases[bias] if isinstance(bias, Node) else None
-            node = gm.graph.call_function(INT4_LINEAR, (call.args[0], *nodes, bias, transform.group_size))
+            arguments = (call.args[0], *nodes, bias, transform.group_size, *stated_bits(linear.bits))
+            node = gm.graph.call_function(INT4_LINEAR, arguments)
         node.meta = {**call.meta, "parofx_linear": linear.name}
         call.replace_all_uses_with(node)
         gm.graph.erase_node(call)

@@ -29,6 +29,7 @@ from parofx.passes.graph import (
     ROTATE_INT4_SIBLINGS,
     SILU_MUL_ROTATE,
     binding,
+    bits_of,
     erase_unused,
     inherit_meta,
     nodes_calling,
@@ -100,6 +101,8 @@ def why_not(node: Node, producer: RmsNorm | SiluMul | None, written: set[int]) -
     """
     source = node.args[0]
     assert isinstance(source, Node)
+    if bits_of(node) != 4:
+        return f"its weights have {bits_of(node)} bits; behind a fused producer are only linears of 4"
     if producer is None:
         return f"its input {source.name} is neither RMSNorm nor SiLU·mul"
     if {user for user in source.users if user.target is not _ASSERT} != {node}:
@@ -124,7 +127,7 @@ def why_not(node: Node, producer: RmsNorm | SiluMul | None, written: set[int]) -
 
 def rewrite(gm: GraphModule, node: Node, producer: RmsNorm | SiluMul) -> None:
     """Let `producer` rotate, and the call `node` read rotated inputs."""
-    source, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size = node.args
+    source, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size, *_ = node.args
     assert isinstance(source, Node)
     assert isinstance(pairs, Sequence)
     # What the exporter asserts of values that are no longer computed would keep them alive.

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from parofx.ops import DEFAULT_BITS
+
 #: The one form of a linear layer after `normalize`: `aten.linear(x, weight (N, K), bias)`.
 LINEAR = torch.ops.aten.linear.default
 #: A weight stored as `(K, N)` is read through this node.
@@ -35,6 +37,9 @@ SEMANTIC = frozenset(
         RMSNORM_ROTATE, SILU_MUL_ROTATE, INT4_SIBLINGS,
     }
 )  # fmt: skip
+
+#: Where calls of packed linears state the width of their codes, if they do.
+_BITS_ARGUMENT = {INT4_LINEAR: 6, ROTATE_INT4_LINEAR: 9, ROTATE_INT4_SIBLINGS: 10}
 
 #: Metadata of a parameter that stays float whatever reads it: the `FloatReason`.
 STAYS_FLOAT = "parofx_stays_float"
@@ -169,6 +174,14 @@ def operator_name(node: Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target._schema.name).rpartition("::")[2]
     return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+def bits_of(node: Node) -> int:
+    """Return the width of the codes that a packed linear, or a merged call of such, multiplies."""
+    stated = node.args[_BITS_ARGUMENT[node.target] :][:1]  # type: ignore[index]
+    bits = stated[0] if stated else DEFAULT_BITS
+    assert isinstance(bits, int)
+    return bits
 
 
 def inherit_meta(node: Node, source: Node) -> Node:

@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from parofx.config import ParoConfig
+from parofx.ops import DEFAULT_BITS
 from parofx.pairing import make_pairs
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.blocks import find_blocks
@@ -62,7 +63,8 @@ class InsertTransforms:
             _insert(gm, group, group_size, self.config)
             names = ", ".join(unit.name for unit in group)
             what = "own transform" if len(group) == 1 else f"shares one transform with its siblings: {names}"
-            report.matched += [(unit.name, f"{what}; group_size {group_size}") for unit in group]
+            width = "" if group[0].bits == DEFAULT_BITS else f"; {group[0].bits} bits"
+            report.matched += [(unit.name, f"{what}; group_size {group_size}{width}") for unit in group]
             report.changed += sum(len(unit.calls) for unit in group)
         report.skipped = [(one.name, one.explanation) for one in kept]
         gm.meta["parofx_blocks"] = blocks
@@ -86,6 +88,7 @@ class InsertTransforms:
         for unit in units:
             reason = selection.why_not(unit)
             if reason is None:
+                unit.bits = selection.bits(unit)
                 chosen.append(unit)
             else:
                 kept.append(FloatLinear(unit.name, *reason))
@@ -121,7 +124,7 @@ def _insert(gm: GraphModule, group: list[LinearUnit], group_size: int, config: P
                 buffer_node(gm, f"{unit.name}.fake_quantize.{name}", torch.empty(0, device=device))
                 for name in ("scales", "zeros")
             ]
-            rounded = graph.call_function(FAKE_QUANTIZE, (rotated, *grid, config.bits, group_size))
+            rounded = graph.call_function(FAKE_QUANTIZE, (rotated, *grid, unit.bits, group_size))
         rounded.meta["parofx_linear"] = unit.name
         for node in (rotated, rounded):
             inherit_meta(node, unit.calls[0]).meta["val"] = _value(weight)

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from parofx.config import FALLBACK_GROUP_SIZES, SMALLEST_GROUP_SIZE, ParoConfig
-from parofx.packing import CODES_PER_WORD
+from parofx.packing import COLUMNS_PER_RUN
 from parofx.passes.blocks import block_of
 from parofx.passes.graph import (
     EMBEDDING,
@@ -44,7 +44,8 @@ class LinearUnit:
     """One weight matrix and every call that reads it; tied weights are one unit.
 
     A tensor that is read as it is and transposed is two matrices, of which the second has a `suffix` to its name. An
-    output head that is to be quantized is known by its own `module`, though an embedding may own the weight.
+    output head that is to be quantized is known by its own `module`, though an embedding may own the weight. `bits` is
+    the width of its codes, once that is decided.
     """
 
     weight: Binding
@@ -52,6 +53,7 @@ class LinearUnit:
     calls: list[Node] = field(default_factory=list)
     suffix: str = ""
     module: str | None = None
+    bits: int = 4
 
     @property
     def name(self) -> str:
@@ -160,13 +162,20 @@ class Selection:
             return FloatReason.OUTPUT_HEAD, ""
         if any(_selects_experts(call) for call in unit.calls):
             return FloatReason.ROUTER, ""
-        if unit.out_features % CODES_PER_WORD:
-            return FloatReason.OUT_FEATURES, f"{unit.out_features} out_features"
+        columns = COLUMNS_PER_RUN[self.bits(unit)]
+        if unit.out_features % columns:
+            detail = f"{unit.out_features} out_features; {self.bits(unit)} bits need a multiple of {columns}"
+            return FloatReason.OUT_FEATURES, detail
         if self.replace_modules and is_module(unit.weight, "", unit.calls):
             return FloatReason.WHOLE_MODEL, ""
         if self.replace_modules and not is_module(unit.weight, unit.name, unit.calls, tied=unit.module is not None):
             return FloatReason.FUNCTIONAL, f"{unit.weight.fqn} is read outside of one linear module"
         return None
+
+    def bits(self, unit: LinearUnit) -> int:
+        """Return the width of a unit's codes."""
+        head = self.config.lm_head
+        return head if head != "float" and self._is_output_head(unit) else self.config.bits
 
     def _is_output_head(self, unit: LinearUnit) -> bool:
         if unit.name in self.output_heads or unit.stays_float is FloatReason.OUTPUT_HEAD:
@@ -214,11 +223,12 @@ def choose_group_sizes(units: Iterable[LinearUnit], config: ParoConfig) -> dict[
 def group_siblings(units: list[LinearUnit], blocks: tuple[str, ...], *, share: bool) -> list[list[LinearUnit]]:
     """Partition units into sets that share one transform.
 
-    Units are siblings if, in one block, a call of each reads the same tensor. Being siblings is transitive.
+    Units are siblings if, in one block, a call of each reads the same tensor. Being siblings is transitive. A transform
+    is fitted for codes of one width.
     """
     if not share:
         return [[unit] for unit in units]
-    owner: dict[tuple[Node, str], int] = {}
+    owner: dict[tuple[Node, str, int], int] = {}
     parent = list(range(len(units)))
 
     def root(index: int) -> int:
@@ -230,7 +240,7 @@ def group_siblings(units: list[LinearUnit], blocks: tuple[str, ...], *, share: b
         for call in unit.calls:
             source = call.args[0]
             assert isinstance(source, Node)
-            first = owner.setdefault((source, block_of(call, blocks)), index)
+            first = owner.setdefault((source, block_of(call, blocks), unit.bits), index)
             one, other = sorted((root(first), root(index)))
             parent[other] = one
     groups: dict[int, list[LinearUnit]] = {}

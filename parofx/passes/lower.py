@@ -20,7 +20,7 @@ from parofx.config import Activations
 from parofx.errors import LoweringError, one_per_line
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.fused_calls import choose_fusing, fused_call, replace_total
-from parofx.passes.graph import INT4_SIBLINGS, ROTATE_INT4_SIBLINGS, SEMANTIC, nodes_calling, remove_dead_code
+from parofx.passes.graph import INT4_SIBLINGS, ROTATE_INT4_SIBLINGS, SEMANTIC, bits_of, nodes_calling, remove_dead_code
 
 
 @register
@@ -107,7 +107,7 @@ def sibling_call(
     gm: GraphModule, node: Node, device: torch.device | str | None, activations: Activations = "float"
 ) -> providers.SiblingCall:
     """Read a merged call off the graph."""
-    x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size = node.args
+    x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size, *_ = node.args
     assert isinstance(x, Node)
     value = x.meta.get("val")
     assert isinstance(value, Tensor), f"{x.name} has no example value"
@@ -126,6 +126,7 @@ def sibling_call(
         weights=tuple(zip(_nodes(qweight), _nodes(qzeros), _nodes(scales), strict=True)),
         biases=tuple(next(present) if has else None for has in has_bias),
         group_size=group_size,
+        bits=bits_of(node),
         activations=activations,
     )
 

@@ -3,10 +3,10 @@
     int4_linear(rotate(x, …), W₁, b₁), int4_linear(rotate(x, …), W₂, b₂)
         →   rotate_int4_siblings(x, rotations, [W₁, W₂], [b₁, b₂])
 
-Siblings are linears of one block. Where they read the same `rotate` node, that is, share a rotation, the call holds one
-rotation; where each has its own, one for each. Where only some share, these have a call of their own, so that no
-rotation is computed twice. A linear without siblings becomes a call with lists of one, so that lowering knows a single
-form.
+Siblings are linears of one block whose codes have one width. Where they read the same `rotate` node, that is, share a
+rotation, the call holds one rotation; where each has its own, one for each. Where only some share, these have a call of
+their own, so that no rotation is computed twice. A linear without siblings becomes a call with lists of one, so that
+lowering knows a single form.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
+from parofx.ops import stated_bits
 from parofx.passes.base import PassReport, Stage, register
 from parofx.passes.blocks import block_of, find_blocks
-from parofx.passes.graph import INT4_LINEAR, ROTATE, ROTATE_INT4_SIBLINGS, erase_unused, inherit_meta, nodes_calling
+from parofx.passes.graph import (
+    INT4_LINEAR,
+    ROTATE,
+    ROTATE_INT4_SIBLINGS,
+    bits_of,
+    erase_unused,
+    inherit_meta,
+    nodes_calling,
+)
 from parofx.passes.layouts import is_conversion
 
 
@@ -43,7 +52,8 @@ class MergeSiblings:
             if reason is not None:
                 report.skipped.append((node.name, reason))
                 continue
-            sets.setdefault((_rotation(node).args[0], node.args[5], block_of(node, blocks)), []).append(node)
+            key = (_rotation(node).args[0], node.args[5], bits_of(node), block_of(node, blocks))
+            sets.setdefault(key, []).append(node)
         for members in sets.values():
             calls = [one for part in _available_together(members, order) for one in _by_rotation(part)]
             for together in calls:
@@ -132,6 +142,7 @@ def _merge(gm: GraphModule, members: list[Node], order: dict[Node, float]) -> No
         [bias for bias in biases if bias is not None],
         [bias is not None for bias in biases],
         group_size,
+        *stated_bits(bits_of(first)),
     )
     with gm.graph.inserting_before(first):
         merged = gm.graph.call_function(ROTATE_INT4_SIBLINGS, args)

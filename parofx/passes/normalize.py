@@ -69,8 +69,7 @@ class Normalize:
                 # Dynamo keeps the name a program calls; passes match overloads.
                 node.target = node.target.default
             if (node.target in SEMANTIC or node.target is ROTATE_INT4_CPU_LINEAR) and node.kwargs:
-                names = [argument.name for argument in node.target._schema.arguments]
-                node.args, node.kwargs = tuple(_arguments(node, tuple(names))), {}
+                node.args, node.kwargs = _positional(node), {}
             if node.op == "call_module" and node.target == "_guards_fn":
                 gm.graph.erase_node(node)
                 report.changed += 1
@@ -217,11 +216,11 @@ def _write_casts(gm: GraphModule) -> int:
 
 
 def _split_rotation(gm: GraphModule, node: Node) -> None:
-    x, pairs, theta, channel_scales, *packed, group_size = node.args
+    x, pairs, theta, channel_scales, *rest = node.args
     with gm.graph.inserting_before(node):
-        rotated = gm.graph.call_function(ROTATE, (x, pairs, theta, channel_scales, group_size))
+        rotated = gm.graph.call_function(ROTATE, (x, pairs, theta, channel_scales, node.args[8]))
         inherit_meta(rotated, node).meta["val"] = x.meta.get("val") if isinstance(x, Node) else None
-        linear = gm.graph.call_function(INT4_LINEAR, (rotated, *packed, group_size))
+        linear = gm.graph.call_function(INT4_LINEAR, (rotated, *rest))
     linear.meta = dict(node.meta)
     node.replace_all_uses_with(linear)
     gm.graph.erase_node(node)
@@ -261,6 +260,14 @@ def _arguments(node: Node, names: tuple[str, ...], aliases: dict[str, str] | Non
     values: dict[str, Any] = dict(zip(names, node.args, strict=False))
     values |= {(aliases or {}).get(key, key): value for key, value in node.kwargs.items()}
     return [values.get(name) for name in names]
+
+
+def _positional(node: Node) -> tuple[Any, ...]:
+    """Return what an operator is called with, by position, up to the last argument that the call gives."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((one.name for one in arguments), node.args, strict=False)) | node.kwargs
+    last = max(index for index, one in enumerate(arguments) if one.name in given)
+    return tuple(given.get(one.name, one.default_value) for one in arguments[: last + 1])
 
 
 def _value(node: Node) -> torch.Tensor | None:

@@ -29,6 +29,13 @@ class TransformedLinear:
         return tensor.t() if self._source.target is TRANSPOSE else tensor
 
     @property
+    def bits(self) -> int:
+        """Width of its codes; siblings may have others."""
+        bits = self.fake_quantize.args[3]
+        assert isinstance(bits, int)
+        return bits
+
+    @property
     def parameter(self) -> Tensor:
         """The model's own tensor behind the weight."""
         bound = binding(self.parameter_node)

@@ -96,6 +96,8 @@ class AtenProvider:
         """Return why ATen's int4 product does not serve a call, or None."""
         if call.device.type != "cpu":
             return f"device {call.device.type} is not cpu"
+        if call.bits != 4:
+            return f"weights have {call.bits} bits; the product knows 4"
         if call.activations != "float":
             return f"it does not quantize activations to {call.activations}"
         if call.dtype != torch.bfloat16:

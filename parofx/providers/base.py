@@ -24,8 +24,8 @@ class SiblingCall:
     The nodes stand for the checkpoint's tensors. Where a module holds a kernel's layout they are outputs of a
     conversion; a provider of that layout reads what they were converted from (`passes.layouts`), any other need not
     know. `rotations` holds `(pairs, theta, channel_scales)` once, or per linear; `weights` `(qweight, qzeros, scales)`
-    and `biases` are per linear. `rows` is M, or None where it is dynamic. With `activations` `"int8"`, rotated
-    activations are quantized per (row, group) before they are multiplied.
+    and `biases` are per linear; all codes have `bits` bits. `rows` is M, or None where it is dynamic. With
+    `activations` `"int8"`, rotated activations are quantized per (row, group) before they are multiplied.
     """
 
     gm: GraphModule
@@ -38,6 +38,7 @@ class SiblingCall:
     weights: tuple[tuple[Node, Node, Node], ...]
     biases: tuple[Node | None, ...]
     group_size: int
+    bits: int = 4
     activations: Activations = "float"
 
     @property

@@ -26,10 +26,11 @@ def reference_int4_siblings(
     bias: Sequence[Tensor],
     has_bias: Sequence[bool],
     group_size: int,
+    bits: int = 4,
 ) -> list[Tensor]:
     """Compute what `rotate_int4_siblings` means, in a lowered graph."""
     return ops.rotate_int4_siblings(  # type: ignore[no-any-return]
-        x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size
+        x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size, bits
     )
 
 
@@ -45,6 +46,7 @@ def _(
     bias: Sequence[Tensor],
     has_bias: Sequence[bool],
     group_size: int,
+    bits: int = 4,
 ) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], scale.shape[1])) for scale in scales]
 

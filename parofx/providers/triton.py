@@ -32,6 +32,8 @@ class TritonProvider:
             return f"device {call.device.type} is not cuda"
         if call.dtype not in _DTYPES:
             return f"{call.dtype} is not one of {_DTYPES}"
+        if call.bits != 4:
+            return f"weights have {call.bits} bits; the kernels know 4"
         if call.activations != "float":
             return f"activations are {call.activations}; the kernels multiply them as they are"
         if not call.is_bound():

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from parofx.packing import COLUMNS_PER_RUN
+
 Layout = Literal["contiguous", "sliced", "strided", "transposed", "expanded"]
 Values = Literal["normal", "zeros", "outliers"]
 Angles = Literal["zero", "any", "large"]
@@ -38,7 +40,7 @@ class Rotation(NamedTuple):
 
 
 class PackedWeight(NamedTuple):
-    """`qweight (K, N/8)` int32, `qzeros (K/g, N/8)` int32, `scales (K/g, N)` fp16, `bias (N,)` fp16 or None."""
+    """`qweight (K, W)` int32, `qzeros (K/g, W)` int32, `scales (K/g, N)` fp16, `bias (N,)` fp16 or None."""
 
     qweight: Tensor
     qzeros: Tensor
@@ -151,26 +153,33 @@ class RotationCase(InputCase):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCase(InputCase):
-    """An input and a packed weight of `N = 8·words` output channels.
+    """An input and a packed weight of N output channels.
 
     Args:
-        words: int32 words per row of `qweight`.
+        words: runs of int32 words per row of `qweight`: with 4 bits a word and 8 channels each, with 8 bits a word
+            and 4, with 3 bits three words and 32.
+        bits: width of a code.
         bias: whether there is one.
-        codes: what the words hold: `"lowest"` is 0 everywhere, `"highest"` 15 (negative words), zeros stay any.
+        codes: what the words hold: `"lowest"` is 0 everywhere, `"highest"` all ones (negative words), zeros stay any.
     """
 
     words: int
+    bits: int = 4
     bias: bool = False
     codes: Codes = "any"
 
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return COLUMNS_PER_RUN[self.bits] * self.words
+
     def weight(self) -> PackedWeight:
         """Return the packed weight."""
-        out_features = 8 * self.words
         qweight = self._words(self.in_features, _Stream.QWEIGHT)
         if self.codes != "any":
             qweight = torch.full_like(qweight, 0 if self.codes == "lowest" else -1)
-        noise = torch.rand(self.groups, out_features, generator=self._generator(_Stream.SCALES))
-        bias = torch.randn(out_features, generator=self._generator(_Stream.BIAS)) if self.bias else None
+        noise = torch.rand(self.groups, self.out_features, generator=self._generator(_Stream.SCALES))
+        bias = torch.randn(self.out_features, generator=self._generator(_Stream.BIAS)) if self.bias else None
         return PackedWeight(
             qweight.to(self.device),
             self._words(self.groups, _Stream.QZEROS).to(self.device),
@@ -180,7 +189,8 @@ class LinearCase(InputCase):
 
     def _words(self, rows: int, stream: _Stream) -> Tensor:
         limits = torch.iinfo(torch.int32)
-        words = torch.randint(limits.min, limits.max + 1, (rows, self.words), generator=self._generator(stream))
+        shape = (rows, self.out_features * self.bits // 32)
+        words = torch.randint(limits.min, limits.max + 1, shape, generator=self._generator(stream))
         return words.to(torch.int32)
 
 

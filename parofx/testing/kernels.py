@@ -15,6 +15,7 @@ import torch
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from parofx.config import PACKED_BITS
 from parofx.testing.interpreter import is_interpreting
 from parofx.testing.properties import (
     NARROW_OPERANDS,
@@ -66,14 +67,18 @@ def _cpu_checks() -> Iterator[KernelCheck]:
     from parofx import cpu_ops, ops
 
     yield _check("reference rotate", check_rotation, ops.rotate, rotation_cases(), WIDE_OPERANDS)
-    yield _check("reference int4_linear", check_int4_linear, ops.int4_linear, linear_cases(), NARROW_OPERANDS)
-    fused = rotate_linear_cases()
+    yield _check(
+        "reference int4_linear", check_int4_linear, ops.int4_linear, linear_cases(bits=PACKED_BITS), NARROW_OPERANDS
+    )
+    fused = rotate_linear_cases(bits=PACKED_BITS)
     yield _check(
         "reference rotate_int4_linear", check_rotate_int4_linear, ops.rotate_int4_linear, fused, NARROW_OPERANDS
     )
     if cpu_ops.is_available():
         cases = rotate_linear_cases(
-            group_sizes=_KERNEL_GROUP_SIZES, dtypes=(torch.float32, torch.bfloat16, torch.float16)
+            bits=PACKED_BITS,
+            group_sizes=_KERNEL_GROUP_SIZES,
+            dtypes=(torch.float32, torch.bfloat16, torch.float16),
         )
         name = f"cpu rotate_int4_linear ({cpu_ops.active_isa()})"
         yield _check(name, check_rotate_int4_linear, _cpu_kernel, cases, NARROW_OPERANDS)
@@ -89,12 +94,14 @@ def _cpu_kernel(
     scales: Tensor,
     bias: Tensor | None,
     group_size: int,
+    bits: int = 4,
 ) -> Tensor:
     from parofx import cpu_ops
+    from parofx.cpu_ops.layouts import PACK
 
     rotation = cpu_ops.pack_rotation(pairs, theta, channel_scales, group_size)
-    weight, steps, zeros = cpu_ops.pack_weight(qweight, qzeros, scales, group_size)
-    out = torch.ops.parofx_cpu.rotate_int4_linear(x, [rotation], [weight], [steps], [zeros], [bias], group_size, 0)
+    packed = ([part] for part in PACK[bits](qweight, qzeros, scales, group_size))
+    out = torch.ops.parofx_cpu.rotate_int4_linear(x, [rotation], *packed, [bias], group_size, 0, bits)
     result: Tensor = out[0]
     return result
 

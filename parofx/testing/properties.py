@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from parofx.ops import stated_bits
 from parofx.testing import reference
 from parofx.testing.cases import LinearCase, RotateLinearCase, RotationCase
 from parofx.testing.reference import Array
@@ -142,7 +143,8 @@ def check_int4_linear_case(
 ) -> float:
     """Check one case of `check_int4_linear`."""
     x, packed = case.x(), case.weight()
-    got = _call(fn, (x, *packed, case.group_size), 8 * case.words if takes_out else None)
+    args = (x, *packed, case.group_size, *stated_bits(case.bits))
+    got = _call(fn, args, case.out_features if takes_out else None)
     expected = reference.int4_linear(x, *packed)
     products = abs(reference.float64(x)) @ abs(reference.dequantize(*packed[:3])) + _absolute(packed.bias)
     tolerance = tolerances[case.dtype]
@@ -160,7 +162,7 @@ def check_rotate_int4_linear_case(
     """Check one case of `check_rotate_int4_linear`."""
     x, rotation, packed = case.x(), case.rotation(), case.weight()
     args = (x, *rotation, *packed, case.group_size)
-    got = _call(fn, args, 8 * case.words if takes_out else None)
+    got = _call(fn, (*args, *stated_bits(case.bits)), case.out_features if takes_out else None)
     expected = reference.rotate_int4_linear(*args)
     weight = abs(reference.dequantize(*packed[:3]))
     products = abs(reference.rotate(x, *rotation, case.group_size)) @ weight + _absolute(packed.bias)

@@ -21,6 +21,8 @@ Array = NDArray[np.float64]
 
 #: Column, inside its word of eight, that bits 4i..4i+3 hold.
 COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
+#: Columns whose codes of 3 bits are in three words, a word for each bit.
+PLANE_COLUMNS = 32
 
 
 def float64(tensor: Tensor) -> Array:
@@ -46,19 +48,28 @@ def rotate(v: Tensor, pairs: Tensor, theta: Tensor, scales: Tensor, group_size: 
     return rotated
 
 
-def unpack(words: Tensor) -> Array:
-    """Return the codes `(rows, 8·words)` of int32 words `(rows, words)`."""
+def unpack(words: Tensor, bits: int = 4) -> Array:
+    """Return the codes `(rows, 32·words/bits)` of int32 words `(rows, words)`."""
     packed = words.cpu().numpy()
-    codes = np.empty((packed.shape[0], 8 * packed.shape[1]))
-    for nibble, column in enumerate(COLUMN_OF_NIBBLE):
-        # The words are signed: the shift copies the sign, so mask after it.
-        codes[:, column::8] = (packed >> (4 * nibble)) & 15
+    codes = np.zeros((packed.shape[0], 32 * packed.shape[1] // bits))
+    # The words are signed: a shift copies the sign, so mask after it.
+    if bits == 3:
+        for column in range(PLANE_COLUMNS):
+            for plane in range(3):
+                codes[:, column::PLANE_COLUMNS] += ((packed[:, plane::3] >> column) & 1) << plane
+    elif bits == 8:
+        for column in range(4):
+            codes[:, column::4] = (packed >> (8 * column)) & 255
+    else:
+        for nibble, column in enumerate(COLUMN_OF_NIBBLE):
+            codes[:, column::8] = (packed >> (4 * nibble)) & 15
     return codes
 
 
 def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Array:
     """Return `Wq (K, N)`, in the rotated space."""
-    codes, zeros, steps = unpack(qweight), unpack(qzeros), float64(scales)
+    bits = 32 * qweight.shape[1] // scales.shape[1]
+    codes, zeros, steps = unpack(qweight, bits), unpack(qzeros, bits), float64(scales)
     group_size = codes.shape[0] // steps.shape[0]
     weight = np.empty_like(codes)
     for k in range(codes.shape[0]):

@@ -51,15 +51,16 @@ def rotation_cases(
     return _build(RotationCase, _inputs(**narrowed) | _rotations(krots, rotation_dtypes))
 
 
-def linear_cases(*, max_words: int = 5, **narrowed: Any) -> SearchStrategy[LinearCase]:
+def linear_cases(*, max_words: int = 5, bits: Sequence[int] = (4,), **narrowed: Any) -> SearchStrategy[LinearCase]:
     """Draw calls of `int4_linear`.
 
     Args:
-        max_words: largest `N/8`.
+        max_words: largest `words` of a case, N/8 with 4 bits.
+        bits: widths of codes; calls of other than 4 get a last argument that says so.
         narrowed: `batch` (a strategy, by default `batches()`), `group_sizes`, `max_groups` (3: K is then often no
             power of two times the group), `dtypes`, `layouts` and `device`.
     """
-    return _build(LinearCase, _inputs(**narrowed) | _weights(max_words))
+    return _build(LinearCase, _inputs(**narrowed) | _weights(max_words, bits))
 
 
 def rotate_linear_cases(
@@ -67,10 +68,11 @@ def rotate_linear_cases(
     krots: Sequence[int] = KROTS,
     rotation_dtypes: Sequence[torch.dtype] = ROTATION_DTYPES,
     max_words: int = 5,
+    bits: Sequence[int] = (4,),
     **narrowed: Any,
 ) -> SearchStrategy[RotateLinearCase]:
     """Draw calls of `rotate_int4_linear`; the arguments are those of the two strategies above."""
-    parts = _inputs(**narrowed) | _rotations(krots, rotation_dtypes) | _weights(max_words)
+    parts = _inputs(**narrowed) | _rotations(krots, rotation_dtypes) | _weights(max_words, bits)
     return _build(RotateLinearCase, parts)
 
 
@@ -105,8 +107,13 @@ def _rotations(krots: Sequence[int], dtypes: Sequence[torch.dtype]) -> dict[str,
     }
 
 
-def _weights(max_words: int) -> dict[str, SearchStrategy[Any]]:
-    return {"words": st.integers(1, max_words), "bias": st.booleans(), "codes": st.sampled_from(CODES)}
+def _weights(max_words: int, bits: Sequence[int]) -> dict[str, SearchStrategy[Any]]:
+    return {
+        "words": st.integers(1, max_words),
+        "bits": st.sampled_from(bits),
+        "bias": st.booleans(),
+        "codes": st.sampled_from(CODES),
+    }
 
 
 def _build(case: Callable[..., _Case], parts: dict[str, SearchStrategy[Any]]) -> SearchStrategy[_Case]:

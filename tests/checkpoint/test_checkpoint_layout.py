@@ -93,7 +93,11 @@ def test_find_quantized_refuses():
         ({"quant_method": "paroquant", "zero_point": True}, []),
         (None, ["config.json must hold a 'quantization_config' object, got None"]),
         ({"quant_method": "awq"}, ["quant_method must be 'paroquant', got 'awq'"]),
-        ({"quant_method": "paroquant", "bits": 3}, ["bits must be one of (4,), got 3"]),
+        ({"quant_method": "paroquant", "bits": 2}, ["bits must be one of (3, 4, 8), got 2"]),
+        (
+            {"quant_method": "paroquant", "module_bits": 3},
+            ["module_bits must map module names to bits, got 3"],
+        ),
         (
             {"quant_method": "paroquant", "group_sizes": [1]},
             ["group_sizes must map module names to group sizes, got [1]"],
@@ -118,6 +122,18 @@ def test_group_sizes_and_krot_come_from_the_tensors_and_may_not_be_contradicted(
         "b: quantization_config says group_size 64, the tensors say 32",
         "b: quantization_config says krot 8, the tensors say 2",
         "c: quantization_config says krot 8, the tensors say 2",
+    ]
+
+
+def test_bits_come_from_the_tensors_and_may_not_be_contradicted():
+    wide = dict(ParoLinear(64, 32, group_size=32, krot=2, bias=False, bits=8).state_dict())
+    modules = quantized() | {"wide": wide}
+    assert layout.why_not_quantized(modules, {"bits": 4, "module_bits": {"wide": 8}}) == []
+    assert layout.why_not_quantized({"wide": wide}, {"bits": 8}) == []
+    assert layout.why_not_quantized(modules, {"bits": 4, "module_bits": {"a": 3, "d": 8}}) == [
+        "d: in module_bits, but not quantized",
+        "a: quantization_config says bits 3, the tensors say 4",
+        "wide: quantization_config says bits 4, the tensors say 8",
     ]
 
 

@@ -10,6 +10,7 @@ from parofx import cpu_ops
 
 # Unit roundoff of each input dtype; the kernels round an activation once and an output once.
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+PACK_CODES = {3: cpu_ops.pack_plane_codes, 4: cpu_ops.pack_codes, 8: cpu_ops.pack_byte_codes}
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Problem:
     bits: int = 4
 
     def packed(self) -> tuple[list[Any], ...]:
-        pack = cpu_ops.pack_codes if self.bits == 4 else cpu_ops.pack_byte_codes
+        pack = PACK_CODES[self.bits]
         weights, scales, zeros = zip(
             *(pack(each.codes, each.zeros, each.scales, self.group_size) for each in self.linears),
             strict=True,
@@ -60,7 +61,7 @@ class Problem:
         cpu_ops.load()
         packed = self.packed()
         if len(self.linears) > 1:
-            return torch.ops.parofx_cpu.rotate_int4_linear.default, (x, *packed, self.group_size, mode)
+            return torch.ops.parofx_cpu.rotate_int4_linear.default, (x, *packed, self.group_size, mode, self.bits)
         alone = [each[0] for each in packed]
         return torch.ops.parofx_cpu.rotate_linear.default, (x, *alone, self.bits, self.group_size, mode)
 

@@ -77,7 +77,7 @@ std::vector<float> run(
     const int64_t columns = widths[i];
     tensors.weight = random_values<uint8_t>(columns * in_features * bits / 8, 256);
     tensors.zeros = random_values<uint8_t>(columns * groups, 1 << bits);
-    tensors.scales.assign(columns * groups, parofx::float_to_f16(bits == 4 ? 0.01f : 0.000625f));
+    tensors.scales.assign(columns * groups, parofx::float_to_f16(bits == 8 ? 0.000625f : 0.01f));
     tensors.bias.assign(columns, parofx::float_to_f16(0.25f));
     tensors.y.assign(rows * columns, 0xffff);
     parofx::Linear linear{};
@@ -109,8 +109,8 @@ int main(int, char** arguments) {
   for (const int group_size : {32, 64, 128}) {
     for (const int rounds : {0, 1, 8}) {
       for (const int64_t rows : {1, 2, 3, 5, 8, 9, 14, 17, 49, 300}) {
-        for (const int mode : {0, 1, 2, 3}) {
-          const int bits = mode < 2 ? 4 : 8;
+        for (const int mode : {0, 1, 2, 3, 4, 5}) {
+          const int bits = mode < 2 ? 4 : mode < 4 ? 8 : 3;
           const int linears = rows % 2 == 0 ? 3 : 1;
           const auto answer =
               run(linears, bits, rows, 3 * group_size, group_size, rounds, mode % 2 == 1, 1 + rows % 3);

@@ -14,9 +14,11 @@ from torch import Tensor
 from parofx import cpu_ops
 
 pytestmark = pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="no C++ compiler")
-#: Output widths and bits: `rotate_linear` with either number of bits, and `rotate_int4_linear`.
+#: Output widths and bits: `rotate_linear` with each number of bits, and `rotate_int4_linear`.
 each_operator = pytest.mark.parametrize(
-    ("out_features", "bits"), [((40,), 4), ((40,), 8), ((40, 32), 4)], ids=("linear", "8-bit linear", "siblings")
+    ("out_features", "bits"),
+    [((40,), 4), ((40,), 8), ((40, 32), 4), ((40, 32), 3)],
+    ids=("linear", "8-bit linear", "siblings", "3-bit siblings"),
 )
 
 
@@ -87,9 +89,10 @@ def test_ten_thousand_calls_leak_nothing(out_features: tuple[int, ...], bits: in
 BAD_SIBLINGS: dict[str, Callable[[list[Any]], list[Any]]] = {
     "x must be float32": lambda a: [a[0].double(), *a[1:]],
     "x must be a CPU tensor": lambda a: [torch.tensor(1.0), *a[1:]],
-    "group_size must be 32, 64 or 128, got 48": lambda a: [*a[:6], 48, 0],
-    "group_size must divide in_features: got 128 and 192": lambda a: [torch.randn(1, 192), *a[1:6], 128, 0],
-    "activation_mode must be 0": lambda a: [*a[:7], 2],
+    "group_size must be 32, 64 or 128, got 48": lambda a: [*a[:6], 48, 0, 4],
+    "group_size must divide in_features: got 128 and 192": lambda a: [torch.randn(1, 192), *a[1:6], 128, 0, 4],
+    "activation_mode must be 0": lambda a: [*a[:7], 2, 4],
+    "bits must be 3, 4 or 8, got 2": lambda a: [*a[:8], 2],
     r"one entry per linear.*got 2, 1, 2, 2 and 1": lambda a: [*a[:3], a[3][:1], *a[4:]],
     r"rotations\[0\] has 7 bytes": lambda a: [a[0], [torch.zeros(7, dtype=torch.uint8)], *a[2:]],
     r"rotations\[0\] must start at": lambda a: [a[0], [torch.zeros(1 + 4 * 128, dtype=torch.uint8)[1:]], *a[2:]],
@@ -105,7 +108,7 @@ BAD_SIBLINGS: dict[str, Callable[[list[Any]], list[Any]]] = {
     "bias must be float32": lambda a: [*a[:5], [torch.zeros(40).int(), None], *a[6:]],
 }  # fmt: skip
 BAD_LINEAR: dict[str, Callable[[list[Any]], list[Any]]] = {
-    "bits must be 4 or 8, got 3": lambda a: [*a[:6], 3, 64, 0],
+    "bits must be 3, 4 or 8, got 5": lambda a: [*a[:6], 5, 64, 0],
     r"weights\[0\] must have shape \(40, 128\)": lambda a: [*a[:6], 8, 64, 0],
     r"rotations\[0\] has 7 bytes": lambda a: [a[0], torch.zeros(7, dtype=torch.uint8), *a[2:]],
     r"zeros\[0\] must have shape \(40, 2\)": lambda a: [*a[:4], a[4][:, :1].contiguous(), *a[5:]],

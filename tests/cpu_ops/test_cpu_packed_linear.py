@@ -9,17 +9,19 @@ from test_cpu_layout import checkpoint
 from torch import Tensor
 
 from parofx import cpu_ops
+from parofx.cpu_ops import packed_linear  # noqa: F401  (registers the operators)
 from parofx.cpu_ops.layout import pack_rotation, pack_weight, place_together, unpack_rotation
+from parofx.cpu_ops.layouts import PACK
 from parofx.errors import ShapeError
 
 ops = torch.ops.parofx
 
 
-def held(krot: int = 2, out_features: int = 40) -> tuple[Tensor, ...]:
+def held(krot: int = 2, out_features: int = 40, bits: int = 4) -> tuple[Tensor, ...]:
     """Return `(rotation, theta, weight, scales, zeros)` of a linear with K = 64 and groups of 32."""
     one = make_rotation(64, 32, krot, torch.Generator().manual_seed(0))
     rotation = pack_rotation(one.pairs, one.theta, one.channel_scales, 32)
-    return rotation, one.theta, *pack_weight(*checkpoint(64, out_features, 32), 32)
+    return rotation, one.theta, *PACK[bits](*checkpoint(64, out_features, 32, bits=bits), 32)
 
 
 @given(
@@ -49,29 +51,33 @@ def test_a_rotation_of_another_size_is_refused() -> None:
 
 @pytest.mark.parametrize("krot", [0, 2])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_opcheck(krot: int, bias: bool, requires_grad: bool) -> None:
-    rotation, theta, *weight = held(krot)
-    torch.library.opcheck(ops.unpack_cpu_weight.default, tuple(weight))
+@pytest.mark.parametrize(("requires_grad", "bits"), [(True, 4), (False, 4), (True, 3), (False, 8)])
+def test_opcheck(krot: int, bias: bool, requires_grad: bool, bits: int) -> None:
+    rotation, theta, *weight = held(krot, 64, bits)
+    torch.library.opcheck(ops.unpack_cpu_weight.default, (*weight, bits))
     torch.library.opcheck(ops.unpack_cpu_rotation.default, (rotation, theta, 32))
     for shape in ((64,), (0, 64), (3, 5, 64)):
         x = torch.randn(shape, requires_grad=requires_grad)
-        arguments = (x, rotation, theta, *weight, torch.randn(40).half() if bias else None, 32)
+        arguments = (x, rotation, theta, *weight, torch.randn(64).half() if bias else None, 32, bits)
         torch.library.opcheck(ops.rotate_int4_cpu_linear.default, arguments)
 
 
-def test_one_block_of_columns_is_unpacked_to_memory_of_its_own() -> None:
-    *_, weight, scales, zeros = held(out_features=32)
-    assert ops.unpack_cpu_weight(weight, scales, zeros)[2].data_ptr() != scales.data_ptr()
+@pytest.mark.parametrize("bits", PACK)
+def test_one_block_of_columns_is_unpacked_to_memory_of_its_own(bits: int) -> None:
+    *_, weight, scales, zeros = held(out_features=32, bits=bits)
+    own = {one.data_ptr() for one in ops.unpack_cpu_weight(weight, scales, zeros, bits)}
+    assert own.isdisjoint(one.data_ptr() for one in (weight, scales, zeros))
 
 
+@pytest.mark.parametrize("bits", PACK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_it_is_the_semantic_operator_of_what_is_unpacked(dtype: torch.dtype) -> None:
-    rotation, theta, *weight = held()
-    x, bias = torch.randn(3, 64).to(dtype), torch.randn(40).half()
+def test_it_is_the_semantic_operator_of_what_is_unpacked(dtype: torch.dtype, bits: int) -> None:
+    rotation, theta, *weight = held(out_features=96, bits=bits)
+    x, bias = torch.randn(3, 64).to(dtype), torch.randn(96).half()
     pairs, channel_scales = ops.unpack_cpu_rotation(rotation, theta, 32)
-    expected = ops.rotate_int4_linear(x, pairs, theta, channel_scales, *ops.unpack_cpu_weight(*weight), bias, 32)
-    found = ops.rotate_int4_cpu_linear(x, rotation, theta, *weight, bias, 32)
+    unpacked = ops.unpack_cpu_weight(*weight, bits)
+    expected = ops.rotate_int4_linear(x, pairs, theta, channel_scales, *unpacked, bias, 32, bits)
+    found = ops.rotate_int4_cpu_linear(x, rotation, theta, *weight, bias, 32, bits)
     assert found.dtype == dtype
     tolerance = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-5)
     assert float((found - expected).double().norm() / expected.double().norm()) < tolerance

@@ -90,21 +90,25 @@ def test_every_architecture_survives(tmp_path, name):
     assert list(layout.paro_linears(loaded)) == list(layout.paro_linears(model))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_quantized_output_head_leaves_the_embedding_table_alone(tmp_path, tied):
+@pytest.mark.parametrize(("tied", "bits", "head"), [(False, 3, 4), (True, 4, 8)])
+def test_a_quantized_output_head_leaves_the_embedding_table_alone(tmp_path, tied, bits, head):
     config = transformers.LlamaConfig(**LLAMA_LIKE, vocab_size=256, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config).eval()
     batch = inputs("llama")
     table = model.get_input_embeddings().weight.detach().clone()
     calibration = parofx.CalibrationConfig(recipe="data-free", steps=1)
-    report = parofx.quantize(model, parofx.ParoConfig(lm_head=4, calibration=calibration), progress=False)
+    report = parofx.quantize(model, parofx.ParoConfig(bits=bits, lm_head=head, calibration=calibration), progress=False)
     assert isinstance(model.get_output_embeddings(), ParoLinear)
-    assert "lm_head" in [linear.name for linear in report.linears]
+    assert {linear.bits for linear in report.linears if linear.name != "lm_head"} == {bits}
+    assert [linear.bits for linear in report.linears if linear.name == "lm_head"] == [head]
     assert report.kept_float == ()
     assert torch.equal(model.get_input_embeddings().weight, table)
     expected = outputs(model, batch)
     save_pretrained(model, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+    assert written["quantization_config"]["bits"] == bits
+    assert written["quantization_config"]["module_bits"] == {"lm_head": head}
     for load in (load_pretrained, AutoModelForCausalLM.from_pretrained):
         loaded = load(tmp_path)
         assert torch.equal(outputs(loaded, batch), expected)
@@ -393,8 +397,8 @@ def test_linears_that_the_architecture_merges():
 def test_configuration_keeps_what_other_writers_add():
     options = {"quant_method": "paroquant", "bits": 4, "group_size": 128, "krot": 8, "zero_point": True}
     assert ParoQuantizationConfig.from_dict(options).to_dict() == options
-    with pytest.raises(ConfigError, match=r"bits must be one of \(4,\), got 8"):
-        ParoQuantizationConfig(bits=8)
+    with pytest.raises(ConfigError, match=r"bits must be one of \(3, 4, 8\), got 5"):
+        ParoQuantizationConfig(bits=5)
 
 
 def test_quantizing_while_loading_is_refused(tmp_path):

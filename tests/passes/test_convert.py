@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import graphs
@@ -12,13 +13,23 @@ from transformers.pytorch_utils import Conv1D
 
 from parofx.errors import PassError
 from parofx.passes import Convert, InsertTransforms, Stage, census, stage_of
-from parofx.passes.graph import FAKE_QUANTIZE, INT4_LINEAR, LINEAR, binding, get_attribute, module_stack, nodes_calling
+from parofx.passes.graph import (
+    FAKE_QUANTIZE,
+    INT4_LINEAR,
+    LINEAR,
+    binding,
+    bits_of,
+    get_attribute,
+    module_stack,
+    nodes_calling,
+)
 from parofx.passes.transforms import find_transforms
 
 
-def calibrated(model: Any, *inputs: Tensor, door: str = "export") -> Captured:
+def calibrated(model: Any, *inputs: Tensor, door: str = "export", bits: Mapping[str, int] | None = None) -> Captured:
     captured = graphs.enter(door, model.eval(), *inputs)
     InsertTransforms(graphs.config()).run(captured.gm)
+    graphs.set_bits(captured.gm, bits or {})
     graphs.randomize(captured.gm)
     graphs.round_to_nearest(captured.gm)
     captured.gm.recompile()
@@ -49,6 +60,16 @@ def test_the_output_is_the_fake_quantized_one(door: str) -> None:
     nodes = nodes_calling(captured.gm.graph, INT4_LINEAR)
     assert [str(node.meta["val"].shape) for node in nodes] == shapes
     assert all("stack_trace" in node.meta and module_stack(node) for node in nodes)
+
+
+def test_each_linear_has_the_width_its_fake_quantize_says() -> None:
+    x = graphs.rows(3, 64)
+    captured = calibrated(graphs.Stack(1), x, bits={"gate": 3, "down": 8})
+    check(captured, x, calls=3)
+    nodes = nodes_calling(captured.gm.graph, INT4_LINEAR)
+    assert [bits_of(node) for node in nodes] == [3, 4, 8]
+    assert [len(node.args) for node in nodes] == [7, 6, 7], "a graph does not state what is the default"
+    assert [get_attribute(captured.gm, node.args[1].target).shape[1] for node in nodes] == [12, 16, 16]
 
 
 def test_no_float_weight_is_left_in_the_graph() -> None:

@@ -238,6 +238,11 @@ class TestLeftAlone:
         assert report.changed == (reason is None)
         assert all(reason is not None and reason in one for one in reasons(report))
 
+    def test_other_widths_have_no_kernels_behind_a_producer(self) -> None:
+        model = Model(lambda m, x: m.a(llama(x, m.weight)), a=graphs.linear(), weight=graphs.vector(64))
+        report = fuse(merged(model, graphs.rows(3, 64), bits=8), graphs.rows(3, 64))
+        assert "its weights have 8 bits" in reasons(report)[0]
+
     def test_what_is_computed_from_wider_tensors(self) -> None:
         model = Model(lambda m, x: m.a(llama(x, m.weight).bfloat16()), a=graphs.linear(), weight=graphs.vector(64))
         model.a.bfloat16()

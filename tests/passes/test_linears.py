@@ -128,11 +128,12 @@ class TestFloatReasons:
         assert kept(captured.gm) == [FloatLinear("0", FloatReason.IN_FEATURES, f"{in_features} in_features")]
 
     @pytest.mark.parametrize("door", DOORS)
-    @pytest.mark.parametrize("out_features", [1, 10, 100])
-    def test_out_features(self, door: str, out_features: int) -> None:
+    @pytest.mark.parametrize(("out_features", "bits", "columns"), [(1, 4, 8), (100, 4, 8), (40, 3, 32), (10, 8, 4)])
+    def test_out_features(self, door: str, out_features: int, bits: int, columns: int) -> None:
         model = nn.Sequential(graphs.linear(64, out_features)).eval()
         captured = graphs.enter(door, model, graphs.rows(3, 64))
-        assert kept(captured.gm) == [FloatLinear("0", FloatReason.OUT_FEATURES, f"{out_features} out_features")]
+        detail = f"{out_features} out_features; {bits} bits need a multiple of {columns}"
+        assert kept(captured.gm, bits=bits) == [FloatLinear("0", FloatReason.OUT_FEATURES, detail)]
 
     @pytest.mark.parametrize("door", DOORS)
     @pytest.mark.parametrize("choice", ["topk", "softmax", "sigmoid with bias", "argmax"])

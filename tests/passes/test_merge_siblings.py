@@ -10,8 +10,8 @@ from rounded import random_rotation, round_linear
 from torch import Tensor
 
 from parofx import ParoLinear
-from parofx.passes import Convert, InsertTransforms, MergeSiblings, PassReport, Stage, stage_of
-from parofx.passes.graph import INT4_LINEAR, ROTATE, ROTATE_INT4_SIBLINGS, module_stack, nodes_calling
+from parofx.passes import Convert, InsertTransforms, Lower, MergeSiblings, PassReport, Stage, stage_of
+from parofx.passes.graph import INT4_LINEAR, ROTATE, ROTATE_INT4_SIBLINGS, bits_of, module_stack, nodes_calling
 from parofx.passes.lower import sibling_call
 
 
@@ -102,6 +102,25 @@ def test_different_group_sizes_are_different_calls(door: str) -> None:
     assert calls == [(2, 2), (1, 1)]
     sizes = [node.args[9] for node in nodes_calling(captured.gm.graph, ROTATE_INT4_SIBLINGS)]
     assert sizes == [32, 64]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_different_widths_are_different_calls(door: str) -> None:
+    rotation = random_rotation(64, 32, 2, seed=0)
+    parts = {
+        name: round_linear(graphs.matrix(64, 64, seed=index), None, rotation, 32, bits)
+        for index, (name, bits) in enumerate(zip("abc", (3, 8, 3), strict=True))
+    }
+    model, x = Model(lambda m, x: m.a(x) + m.b(x) + m.c(x), **parts).eval(), graphs.rows(3, 64)
+    captured = graphs.enter(door, model, x)
+    _, calls = merge(captured, x)
+    assert calls == [(1, 2), (1, 1)]
+    nodes = nodes_calling(captured.gm.graph, ROTATE_INT4_SIBLINGS)
+    assert [bits_of(node) for node in nodes] == [3, 8]
+    Lower().run(captured.gm)
+    captured.gm.recompile()
+    with torch.no_grad():
+        assert graphs.relative(captured(x), model(x)) < EXACT_IN_FP32
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -229,13 +229,14 @@ class TestParoLinear:
         assert Normalize().run(captured.gm).changed == 0
 
     @pytest.mark.parametrize("door", DOORS)
-    def test_arguments_by_keyword(self, door: str) -> None:
+    @pytest.mark.parametrize("bits", [{}, {"bits": 4}])
+    def test_arguments_by_keyword(self, door: str, bits: dict[str, int]) -> None:
         (q,) = self.layers(1, shared=True)
         names = ("pairs", "theta", "channel_scales", "qweight", "qzeros", "scales", "bias")
 
         def forward(m: Any, x: Tensor) -> Tensor:
             tensors = {name: getattr(m.q, name) for name in names}
-            return torch.ops.parofx.rotate_int4_linear(x, **tensors, group_size=32)
+            return torch.ops.parofx.rotate_int4_linear(x, **tensors, **bits, group_size=32)
 
         model, x = Model(forward, q=q).eval(), graphs.rows(3, K)
         captured = graphs.enter(door, model, x)

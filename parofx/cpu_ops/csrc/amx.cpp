@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "planes_simd.h"
 #include "simd512.h"
 
 namespace parofx {
@@ -99,16 +100,18 @@ struct ByteTiles {
 
 // Decodes one group of a block: rows of 32 words, one for each step.
 template <class Tiles>
-void decode_group(const Block& block, int64_t group, int chunks, uint32_t* out) {
-  const uint8_t* weight = block.weight + group * chunks * kBlockColumns * sizeof(uint32_t);
-  const uint8_t* zeros = block.zeros + group * kBlockColumns;
+void decode_group(const MultiplyJob& job, int64_t group, int chunks, uint32_t* out) {
+  const uint8_t* weight = job.bits == 3 ? widen_planes<Simd512>(job, group)
+                                        : job.block.weight + group * chunks * kBlockColumns * sizeof(uint32_t);
+  const uint8_t* zeros = job.block.zeros + group * kBlockColumns;
+  const int64_t ahead = prefetch_distance(job);
   for (int half = 0; half < 2; ++half) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + half * 16));
     const __m512i offset = Tiles::offset(_mm512_cvtepu8_epi32(bytes));
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const uint8_t* from = weight + chunk * kBlockColumns * sizeof(uint32_t) + half * 64;
       const __m512i words = _mm512_loadu_si512(from);
-      Simd512::prefetch(from + 4096);
+      Simd512::prefetch(from + ahead);
 #pragma GCC unroll 4
       for (int step = 0; step < Tiles::kSteps; ++step) {
         uint32_t* to = out + (chunk * Tiles::kSteps + step) * kBlockColumns + half * 16;
@@ -153,8 +156,8 @@ template <class Tiles>
 const void* decode_ahead(const MultiplyJob& job, int64_t group) {
   const int chunks = job.activation->group_size / kChunk;
   const auto buffer = [&](int64_t which) { return job.unpacked + which % 2 * chunks * Tiles::kSteps * kBlockColumns; };
-  if (group == 0) decode_group<Tiles>(job.block, 0, chunks, buffer(0));
-  if (group + 1 < job.activation->groups) decode_group<Tiles>(job.block, group + 1, chunks, buffer(group + 1));
+  if (group == 0) decode_group<Tiles>(job, 0, chunks, buffer(0));
+  if (group + 1 < job.activation->groups) decode_group<Tiles>(job, group + 1, chunks, buffer(group + 1));
   return buffer(group);
 }
 
@@ -222,7 +225,7 @@ constexpr int64_t kRowsForBf16 = 12;
 
 Format choose_format(DType dtype, bool dynamic_int8, int64_t rows, int bits) {
   if (dynamic_int8) return Format::int8;
-  return dtype == DType::bf16 && rows >= kRowsForBf16 && bits == 4 ? Format::bf16 : Format::int24;
+  return dtype == DType::bf16 && rows >= kRowsForBf16 && bits != 8 ? Format::bf16 : Format::int24;
 }
 
 void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end) {

@@ -87,7 +87,7 @@ struct DotInt8 {
 
 // Pairs of products of 8-bit codes would saturate 16 bits.
 Format choose_format(DType, bool dynamic_int8, int64_t, int bits) {
-  return dynamic_int8 && bits == 4 ? Format::int8 : Format::f32;
+  return dynamic_int8 && bits != 8 ? Format::int8 : Format::f32;
 }
 
 void multiply(const MultiplyJob& job) {

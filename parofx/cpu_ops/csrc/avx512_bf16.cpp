@@ -84,14 +84,14 @@ struct DotInt24 : DotInt8 {
 Format choose_format(DType dtype, bool dynamic_int8, int64_t rows, int bits) {
   if (dynamic_int8) return Format::int8;
   // One row is a matter of decoding the weight, which integers make cheaper.
-  return dtype == DType::bf16 && rows > 1 && bits == 4 ? Format::bf16 : Format::int24;
+  return dtype == DType::bf16 && rows > 1 && bits != 8 ? Format::bf16 : Format::int24;
 }
 
 void multiply(const MultiplyJob& job) {
   const bool int8 = job.activation->format == Format::int8;
   if (job.activation->format == Format::bf16) return multiply_with<Simd512, DotBf16, 4>(job);
-  if (job.bits == 4) return int8 ? multiply_with<Simd512, DotInt8, 4>(job) : multiply_with<Simd512, DotInt24, 4>(job);
-  int8 ? multiply_with<Simd512, DotInt8, 8>(job) : multiply_with<Simd512, DotInt24, 8>(job);
+  if (job.bits == 8) return int8 ? multiply_with<Simd512, DotInt8, 8>(job) : multiply_with<Simd512, DotInt24, 8>(job);
+  int8 ? multiply_with<Simd512, DotInt8, 4>(job) : multiply_with<Simd512, DotInt24, 4>(job);
 }
 
 } // namespace

@@ -64,11 +64,12 @@ struct Block {
 struct MultiplyJob {
   const Activation* activation;
   Block block;
-  int bits; // 4 or 8
+  int bits; // 3, 4 or 8
   int64_t row_begin;
   int64_t row_count;
   float* tile;        // out: (row_count, 32), row_begin's row first
   uint32_t* unpacked; // workspace of 32 · g words
+  uint8_t* nibbles;   // with 3 bits: workspace of 16 · g bytes
 };
 
 struct StoreJob {

@@ -2,11 +2,13 @@
 //
 // Weight: the codes of eight consecutive input channels of one output channel (a "chunk") form 32-bit words. With 4 bits
 // it is one word, channel 8c+j in bits 4j..4j+3. With 8 bits they are two, of which word w holds channels 8c+w, 8c+w+2,
-// 8c+w+4 and 8c+w+6, the first in the lowest byte. The matrix of words (K/8 · bits/4, N) is cut into blocks of 32
+// 8c+w+4 and 8c+w+6, the first in the lowest byte. With 3 bits four chunks (a "run") form three words: nibble j of word
+// w < 2 holds the low two bits of channel j of chunk 2w, and above them those of chunk 2w+1; nibble j of the third holds
+// the high bits, bit c that of channel j of chunk c. The matrix of words (K · bits/32, N) is cut into blocks of 32
 // columns; each block is stored row by row, so a kernel streams one block from front to back. The last block is as
 // narrow as N leaves it: nothing is padded.
 //
-//   block b: words [K/8 · bits/4][width]     width = min(32, N - 32b), at byte 32b·K·bits/8
+//   block b: words [K · bits/32][width]      width = min(32, N - 32b), at byte 32b·K·bits/8
 //            scales fp16 [K/g][width], zeros uint8 [K/g][width], at element 32b·K/g
 //   W[k, n] = (code[k, n] - zero[k/g, n]) · scale[k/g, n]
 //
@@ -27,6 +29,7 @@ namespace parofx {
 
 constexpr int kBlockColumns = 32;
 constexpr int kChunk = 8;          // input channels whose codes are stored together
+constexpr int kRun = 32;           // input channels whose 3-bit codes are stored together
 constexpr int kMaxGroupSize = 128; // group sizes are 32, 64 and 128
 
 struct RotationLayout {

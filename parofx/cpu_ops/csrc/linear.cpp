@@ -51,6 +51,7 @@ struct FreeDeleter {
 struct Workspace {
   float* tile;
   uint32_t* unpacked;
+  uint8_t* nibbles;
   float* bias;
   // The narrow last block of a linear, widened to 32 columns.
   uint8_t* weight;
@@ -116,6 +117,7 @@ class Run {
       Workspace space{};
       space.tile = carver.take<float>(ceil_div(call_.rows, row_panels_) * kBlockColumns);
       space.unpacked = carver.take<uint32_t>(int64_t{kBlockColumns} * call_.group_size);
+      space.nibbles = carver.take<uint8_t>(call_.bits == 3 ? kBlockColumns / 2 * int64_t{call_.group_size} : 0);
       space.bias = carver.take<float>(kBlockColumns);
       space.weight = carver.take<uint8_t>(tail * call_.group_size * call_.bits / 8);
       space.scales = carver.take<uint16_t>(tail);
@@ -159,7 +161,8 @@ class Run {
         linear.zeros + column * groups_,
     };
     if (columns < kBlockColumns) packed = widen(packed, columns, space);
-    kernels_.multiply({&activations_[linear.rotation], packed, call_.bits, row, rows, space.tile, space.unpacked});
+    kernels_.multiply(
+        {&activations_[linear.rotation], packed, call_.bits, row, rows, space.tile, space.unpacked, space.nibbles});
 
     for (int n = 0; n < kBlockColumns; ++n) {
       space.bias[n] = linear.bias && n < columns ? load_float(linear.bias_dtype, linear.bias, column + n) : 0.0f;
@@ -171,7 +174,7 @@ class Run {
 
   // Copies a narrow block to full width; the added columns have scale 0.
   Block widen(const Block& narrow, int columns, const Workspace& space) const {
-    const int64_t word_rows = call_.in_features / kChunk * call_.bits / 4;
+    const int64_t word_rows = call_.in_features * call_.bits / 32;
     widen_rows(narrow.weight, space.weight, word_rows, columns * sizeof(uint32_t), kBlockColumns * sizeof(uint32_t));
     widen_rows(narrow.scales, space.scales, groups_, columns * sizeof(uint16_t), kBlockColumns * sizeof(uint16_t));
     widen_rows(narrow.zeros, space.zeros, groups_, columns, kBlockColumns);

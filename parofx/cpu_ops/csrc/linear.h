@@ -31,7 +31,7 @@ struct LinearCall {
   DType dtype;
   int64_t rows;
   int64_t in_features;
-  int bits; // of a weight: 4 or 8
+  int bits; // of a weight: 3, 4 or 8
   int group_size;
   bool dynamic_int8;
   std::vector<Rotation> rotations;

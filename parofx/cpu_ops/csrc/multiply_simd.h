@@ -5,18 +5,17 @@
 //   kPlanes           digits of an activation, equal to planes_of its format
 //   kDirectRows       most rows that read the codes straight from memory; more first decode a group into the L1 cache
 //   kTileRows         most rows multiplied at a time from there
-//   Weights decode<bits>(words, s)   the codes of step s, one 32-bit element per column, of bits/4 words per column
+//   Weights decode<bits>(words, s)   the codes of step s, one 32-bit element per column, of bits/4 words per column;
+//                 3-bit codes have become 4-bit ones before
 //   Acc mac(acc, weights, x)      acc + weights · x, x being one activation word in every lane
 //   Acc join(a, b), Float result(acc)
 #pragma once
 
 #include "numeric.h"
+#include "planes_simd.h"
 
 namespace parofx {
 namespace {
-
-// How far ahead of the reader the weights are fetched.
-constexpr int kPrefetchBytes = 4096;
 
 // The group size is a constant, so that every row of a tile is a fixed offset from the first.
 template <class Simd, class Dot, int kBits, int kGroupSize>
@@ -42,13 +41,14 @@ class Multiply {
     if (job.row_count <= Dot::kDirectRows) return direct<Dot::kDirectRows>(job);
     std::memset(job.tile, 0, sizeof(float) * job.row_count * kBlockColumns);
     for (int64_t group = 0; group < job.activation->groups; ++group) {
-      unpack(weight_of(job, group), job.unpacked);
+      unpack(weight_of(job, group), prefetch_distance(job), job.unpacked);
       tiles(job, group);
     }
   }
 
  private:
   static const uint8_t* weight_of(const MultiplyJob& job, int64_t group) {
+    if (kBits == 4 && job.bits == 3) return widen_planes<Simd>(job, group);
     return job.block.weight + group * kChunks * kChunkBytes;
   }
 
@@ -61,9 +61,9 @@ class Multiply {
     for (int i = 0; i < kWords; ++i) words[i] = Simd::load_int(weight + i * kWordBytes + vector * sizeof(Int));
   }
 
-  [[gnu::always_inline]] static void prefetch_chunk(const uint8_t* weight) {
+  [[gnu::always_inline]] static void prefetch_chunk(const uint8_t* ahead) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kChunkBytes; i += 64) Simd::prefetch(weight + kPrefetchBytes + i);
+    for (int i = 0; i < kChunkBytes; i += 64) Simd::prefetch(ahead + i);
   }
 
   // total += scale · step · (dot − zero · sum), with one product per plane.
@@ -107,6 +107,7 @@ class Multiply {
     constexpr int kWanted = kLines * kVectors >= 8 ? 1 : kLines * kVectors >= 4 ? 2 : 4;
     constexpr int kSums = kWanted < kSteps ? kWanted : kSteps;
     const uint8_t* weight = weight_of(job, group);
+    const int64_t ahead = prefetch_distance(job);
     const uint32_t* x = row_of(job, group, 0);
     Acc acc[kLines][kVectors][kSums];
 #pragma GCC unroll 64
@@ -115,7 +116,7 @@ class Multiply {
       Int words[kVectors][kWords];
 #pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) load_chunk(weight, i, words[i]);
-      prefetch_chunk(weight);
+      prefetch_chunk(weight + ahead);
 #pragma GCC unroll 8
       for (int step = 0; step < kSteps; ++step) {
         typename Dot::Weights codes[kVectors];
@@ -145,9 +146,9 @@ class Multiply {
     for (int row = 0; row < kRows; ++row) fold(job, group, row, products + row * kPlanes, totals[row]);
   }
 
-  static void unpack(const uint8_t* weight, uint32_t* out) {
+  static void unpack(const uint8_t* weight, int64_t ahead, uint32_t* out) {
     for (int chunk = 0; chunk < kChunks; ++chunk, weight += kChunkBytes) {
-      prefetch_chunk(weight);
+      prefetch_chunk(weight + ahead);
       for (int i = 0; i < kVectors; ++i) {
         Int words[kWords];
         load_chunk(weight, i, words);

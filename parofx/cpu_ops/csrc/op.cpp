@@ -133,7 +133,7 @@ int thread_count() {
 // What does not depend on the linears. `x` is replaced by a copy where its rows have no common stride.
 parofx::LinearCall begin_call(Tensor& x, int64_t bits, int64_t group_size, int64_t activation_mode) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, kName, ": x must be a CPU tensor of shape (..., K)");
-  STD_TORCH_CHECK(bits == 4 || bits == 8, kName, ": bits must be 4 or 8, got ", bits);
+  STD_TORCH_CHECK(bits == 3 || bits == 4 || bits == 8, kName, ": bits must be 3, 4 or 8, got ", bits);
   STD_TORCH_CHECK(
       group_size == 32 || group_size == 64 || group_size == 128, kName, ": group_size must be 32, 64 or 128, got ",
       group_size, "; use the operator parofx::rotate_int4_linear");
@@ -183,14 +183,14 @@ Tensor rotate_linear(
 std::vector<Tensor> rotate_int4_linear(
     Tensor x, std::vector<Tensor> rotations, std::vector<Tensor> weights, std::vector<Tensor> scales,
     std::vector<Tensor> zeros, std::vector<std::optional<Tensor>> biases, int64_t group_size,
-    int64_t activation_mode) {
+    int64_t activation_mode, int64_t bits) {
   const size_t count = weights.size();
   STD_TORCH_CHECK(
       count > 0 && scales.size() == count && zeros.size() == count && biases.size() == count &&
           (rotations.size() == 1 || rotations.size() == count),
       kName, ": weights, scales, zeros and biases must have one entry per linear and rotations one, or one per linear; "
       "got ", count, ", ", scales.size(), ", ", zeros.size(), ", ", biases.size(), " and ", rotations.size());
-  parofx::LinearCall call = begin_call(x, 4, group_size, activation_mode);
+  parofx::LinearCall call = begin_call(x, bits, group_size, activation_mode);
   call.rotations.reserve(rotations.size());
   for (size_t i = 0; i < rotations.size(); ++i) {
     call.rotations.push_back(read_rotation(rotations[i], call.in_features, i));
@@ -216,7 +216,7 @@ STABLE_TORCH_LIBRARY(parofx_cpu, library) {
       "int group_size, int activation_mode) -> Tensor");
   library.def(
       "rotate_int4_linear(Tensor x, Tensor[] rotations, Tensor[] weights, Tensor[] scales, Tensor[] zeros, "
-      "Tensor?[] biases, int group_size, int activation_mode) -> Tensor[]");
+      "Tensor?[] biases, int group_size, int activation_mode, int bits=4) -> Tensor[]");
   library.def("isa() -> str");
 }
 

@@ -80,9 +80,22 @@ void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t ro
   }
 }
 
+// The code of channel j of a chunk, from a column's words; `column` points to the first of those of the group.
+uint32_t code_of(const uint8_t* column, int bits, int chunk, int j) {
+  const auto part = [column](int word, int shift, int width) {
+    uint32_t value;
+    std::memcpy(&value, column + word * kBlockColumns * sizeof value, sizeof value);
+    return value >> shift & ((1u << width) - 1);
+  };
+  if (bits == 4) return part(chunk, 4 * j, 4);
+  if (bits == 8) return part(2 * chunk + j % 2, j / 2 * 8, 8);
+  const int word = chunk / 4 * 3;
+  const int within = chunk % 4;
+  return part(word + within / 2, 4 * j + within % 2 * 2, 2) | part(word + 2, 4 * j + within, 1) << 2;
+}
+
 // Σ_k code[k, n] · v[k] over one group, for the 32 columns of a block.
 void dot_group(const uint8_t* weight, int bits, const uint32_t* activation, Format format, int chunks, float* dot) {
-  constexpr int64_t word_bytes = kBlockColumns * sizeof(uint32_t);
   for (int n = 0; n < kBlockColumns; ++n) dot[n] = 0.0f;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     float v[kChunk];
@@ -93,12 +106,8 @@ void dot_group(const uint8_t* weight, int bits, const uint32_t* activation, Form
       std::memcpy(v, activation + chunk * words_per_chunk(format), sizeof v);
     }
     for (int j = 0; j < kChunk; ++j) {
-      const int word = bits == 8 ? 2 * chunk + j % 2 : chunk;
-      const int shift = bits == 8 ? j / 2 * 8 : 4 * j;
-      uint32_t words[kBlockColumns];
-      std::memcpy(words, weight + word * word_bytes, sizeof words);
       for (int n = 0; n < kBlockColumns; ++n) {
-        dot[n] += static_cast<float>((words[n] >> shift) & ((1u << bits) - 1)) * v[j];
+        dot[n] += static_cast<float>(code_of(weight + n * sizeof(uint32_t), bits, chunk, j)) * v[j];
       }
     }
   }

@@ -29,7 +29,18 @@ struct Simd256 {
   static Int load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store_int(void* p, Int v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static Int broadcast_word(const uint32_t* p) { return _mm256_set1_epi32(static_cast<int>(*p)); }
+  static Int broadcast_int(int v) { return _mm256_set1_epi32(v); }
   static Int add_int(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static Int and_int(Int a, Int b) { return _mm256_and_si256(a, b); }
+  static Int or_int(Int a, Int b) { return _mm256_or_si256(a, b); }
+  template <int kBits>
+  static Int shift_left(Int v) {
+    return _mm256_slli_epi32(v, kBits);
+  }
+  template <int kBits>
+  static Int shift_right(Int v) {
+    return _mm256_srli_epi32(v, kBits);
+  }
   static Int bits(Float v) { return _mm256_castps_si256(v); }
   static Float floats(Int v) { return _mm256_castsi256_ps(v); }
   static Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }

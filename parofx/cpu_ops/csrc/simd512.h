@@ -29,7 +29,18 @@ struct Simd512 {
   static Int load_int(const void* p) { return _mm512_loadu_si512(p); }
   static void store_int(void* p, Int v) { _mm512_storeu_si512(p, v); }
   static Int broadcast_word(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
+  static Int broadcast_int(int v) { return _mm512_set1_epi32(v); }
   static Int add_int(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Int and_int(Int a, Int b) { return _mm512_and_si512(a, b); }
+  static Int or_int(Int a, Int b) { return _mm512_or_si512(a, b); }
+  template <int kBits>
+  static Int shift_left(Int v) {
+    return _mm512_slli_epi32(v, kBits);
+  }
+  template <int kBits>
+  static Int shift_right(Int v) {
+    return _mm512_srli_epi32(v, kBits);
+  }
   static Int bits(Float v) { return _mm512_castps_si512(v); }
   static Float floats(Int v) { return _mm512_castsi512_ps(v); }
   static Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
@@ -68,10 +79,6 @@ struct Simd512 {
   static Int signed_digits(Int v) {
     const Int centre = _mm512_set1_epi32(0x808080);
     return _mm512_xor_si512(_mm512_add_epi32(v, centre), centre);
-  }
-  template <int kBits>
-  static Int shift_right(Int v) {
-    return _mm512_srli_epi32(v, kBits);
   }
 
   // The low bytes of two chunks of 8 channels, in the order of Format::int8.

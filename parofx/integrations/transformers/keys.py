@@ -35,8 +35,11 @@ def match(model: nn.Module, found: Mapping[str, Tensor], config: dict[str, Any])
     quantized = {rename.module(name, state): tensors for name, tensors in stored.items()}
     if len(quantized) < len(stored):
         return quantized, ["transformers merges linears of this architecture that the checkpoint has apart"]
-    group_sizes = {rename.module(name, state): size for name, size in (config.get("group_sizes") or {}).items()}
-    problems = layout.why_not_quantized(quantized, config | {"group_sizes": group_sizes})
+    listed = {
+        key: {rename.module(name, state): value for name, value in (config.get(key) or {}).items()}
+        for key in layout.PER_MODULE
+    }
+    problems = layout.why_not_quantized(quantized, config | listed)
     modules = dict(model.named_modules(remove_duplicate=False))
     if not _strict.get() and any(name in modules for name in quantized):
         # A checkpoint may hold heads that this class has not: transformers lists their keys as unexpected.

@@ -29,11 +29,12 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a PARO checkpoint.
 
     Args:
-        bits: 4.
+        bits: width of a weight, where `module_bits` says nothing else.
         group_size: input channels per scale and rotation group, where `group_sizes` says nothing else.
         krot: rotation rounds.
         modules_to_not_convert: linears left float; informative, since the tensors tell.
         group_sizes: module name → group size, for the modules whose group size is another.
+        module_bits: module name → bits, for the modules whose weights have another width.
         other: what other writers add, kept as it is.
 
     Raises:
@@ -47,6 +48,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         krot: int | None = None,
         modules_to_not_convert: list[str] | None = None,
         group_sizes: dict[str, int] | None = None,
+        module_bits: dict[str, int] | None = None,
         quant_method: str = layout.QUANT_METHOD,
         **other: Any,
     ) -> None:
@@ -56,6 +58,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.krot = krot
         self.modules_to_not_convert = modules_to_not_convert
         self.group_sizes = group_sizes
+        self.module_bits = module_bits
         self.__dict__.update(other)
         problems = layout.why_not_readable(self.to_dict())
         if problems:
