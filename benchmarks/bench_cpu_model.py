@@ -66,6 +66,7 @@ VARIANTS = (
     Variant("parofx krot=0", {"krot": 0}),
     Variant("parofx, quantized head", {"lm_head": 4}),
     Variant("parofx int8, quantized head", {"lm_head": 4}, "int8"),
+    Variant("parofx, 8-bit head", {"lm_head": 8}),
 )
 
 
