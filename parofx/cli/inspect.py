@@ -45,7 +45,7 @@ class Summary:
 
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a PARO checkpoint.", show_default=False)],
-    sort: Annotated[Literal["stored", "error", "size"], typer.Option(help="Order of the layers.")] = "stored",
+    sort: Annotated[Literal["name", "error", "size"], typer.Option(help="Order of the layers.")] = "name",
     json_file: JsonFile = None,
     page: Annotated[
         Path | None, typer.Option(help="Write the report of the run that made it as an HTML page.", dir_okay=False)
@@ -60,7 +60,9 @@ def inspect(
     """  # noqa: D301
     summary = summarize(checkpoint)
     layers = list(summary.layers)
-    if sort == "size":
+    if sort == "name":
+        layers.sort(key=lambda layer: _natural(layer.name))
+    elif sort == "size":
         layers.sort(key=lambda layer: -layer.bytes)
     elif sort == "error":
         layers.sort(key=lambda layer: -(layer.relative_error or 0.0))
@@ -132,6 +134,11 @@ def summarize(folder: Path) -> Summary:
         )
     in_layers = sum(layer.bytes for layer in layers)
     return Summary(tuple(layers), in_layers, sum(tensor.nbytes for tensor in shards.tensors.values()) - in_layers)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key by which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _print_blocks(blocks: Sequence[Mapping[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from parofx.cli.common import (
 from parofx.cli.options import build_config, config_options
 from parofx.cli.plan import print_plan
 from parofx.cli.processes import joined
-from parofx.errors import CheckpointError
+from parofx.errors import CheckpointError, DataError
 
 #: What `inspect` reads the layers' errors from.
 REPORT_FILE = "parofx_report.json"
@@ -73,6 +73,7 @@ def quantize(
     # Said before the work, not after it.
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not empty: choose another folder, or pass --overwrite")
+    _check(calibration)
     loaded = load(
         model,
         revision=revision,
@@ -95,9 +96,15 @@ def quantize(
         print_plan(plan)
         return
     with joined(find_device(device)) as writes:
-        report = parofx.quantize(
-            loaded.model, chosen, calibration=_calibration(calibration), tokenizer=loaded.tokenizer, progress=True
-        )
+        try:
+            report = parofx.quantize(
+                loaded.model, chosen, calibration=_calibration(calibration), tokenizer=loaded.tokenizer, progress=True
+            )
+        except KeyboardInterrupt:
+            work_dir = chosen.calibration.work_dir
+            kept = f"what is finished lies in {work_dir}; give the same command again to go on"
+            errors_console.print(kept if work_dir else "nothing was kept; with --work-dir a stopped run can go on")
+            raise
     if not writes:
         return
     with errors_console.status(f"saving to {output} …"):
@@ -111,6 +118,15 @@ def quantize(
             table.add_row(names[0] + (", …" if count > 1 else ""), str(reason), str(count))
         console.print(table)
     console.print(f"saved to {output}; look at it with: parofx inspect {output}", highlight=False)
+
+
+def _check(sources: list[str] | None) -> None:
+    """Read the first document of each source: what is wrong with a name is said before a model is loaded."""
+    from parofx.calibration.sources import load_texts
+
+    for source in sources or ():
+        if source != "self" and next(load_texts(source), None) is None:
+            raise DataError(f"{source} holds no document; see what a source may be in parofx quantize --help")
 
 
 def _calibration(sources: list[str] | None) -> Any:

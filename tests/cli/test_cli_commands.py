@@ -13,7 +13,7 @@ from conftest import Files, Run
 import parofx
 import parofx.cpu_ops
 from parofx.cli.common import size
-from parofx.cli.inspect import summarize
+from parofx.cli.inspect import _natural, summarize
 from parofx.evaluation import reference_head
 
 
@@ -89,6 +89,25 @@ def test_eval_compares_with_the_float_model(files: Files, run: Run, tmp_path: Pa
     assert found["top1_agreement"] > 0.5
     for label in ("perplexity", "KL divergence", "99th percentile", "top-1"):
         assert label in output
+
+
+def test_layers_are_listed_in_the_order_people_count() -> None:
+    names = [f"model.layers.{index}.mlp.{part}" for index in (2, 10) for part in ("down", "up")]
+    assert sorted(names[::-1], key=_natural) == names
+
+
+def test_a_stopped_run_says_how_to_go_on(
+    files: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parofx, "quantize", stop)
+    for options, expected in (((), "--work-dir"), (("--work-dir", tmp_path / "run"), "give the same command again")):
+        status, output, _ = run("quantize", files.float_model, "-o", tmp_path / "out", "--steps", 1, *options)
+        assert status == 130
+        assert expected in " ".join(output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_eval_tells_what_a_quantized_head_costs(files: Files, run: Run, tmp_path: Path) -> None:

@@ -76,6 +76,15 @@ def test_a_wrong_value_is_explained(files: Files, run: Run, tmp_path: Path) -> N
     assert "group_size must be one of (128, 64, 32), got 48" in output
 
 
+def test_wrong_data_is_said_before_the_model_is_loaded(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    for source, expected in (("missing.txt", "no such file"), ("empty.jsonl", "holds no document")):
+        # There is no such model either.
+        status, output, _ = run("quantize", "./missing", "-o", tmp_path / "out", "--calibration", tmp_path / source)
+        assert status == 2
+        assert expected in " ".join(output.split())
+
+
 def test_eval_wants_something_to_measure(files: Files, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     status, output, _ = run("eval", files.paro)
     assert status == 2
