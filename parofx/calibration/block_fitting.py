@@ -17,7 +17,7 @@ from parofx.calibration.fitting import FittedTransform, Rotated, rotate_weight, 
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.rounding import relative_error
 from parofx.calibration.row_masks import select_rows
-from parofx.calibration.statistics import InputStatistics
+from parofx.calibration.statistics import InputStatistics, OutputNorm
 from parofx.config import CalibrationConfig
 from parofx.passes.transforms import Transform
 from parofx.report import StageReport
@@ -184,9 +184,9 @@ def _round_with_feedback(
     return round_rotated(weights, rotated, *statistics, bits=transform.bits, config=config, losses=losses)
 
 
-def relative_to(transform: Transform, config: CalibrationConfig) -> list[Tensor]:
-    """Return the weights whose outputs the rows of a transform's input are relative to; none if rows count alike."""
-    return [linear.weight for linear in transform.linears] if config.row_weights == "relative" else []
+def output_norm(transform: Transform, config: CalibrationConfig) -> OutputNorm | None:
+    """Return what the rows of a transform's input are divided by; None if they count alike."""
+    return OutputNorm([linear.weight for linear in transform.linears]) if config.row_weights == "relative" else None
 
 
 def _student_statistics(
@@ -198,10 +198,9 @@ def _student_statistics(
 ) -> dict[str, tuple[InputStatistics, InputStatistics]]:
     """Return the statistics of the inputs that the trained block's linears have."""
     found = {}
-    relative: dict[str, list[Tensor]] = {}
+    norms = {one.name: output_norm(one, config) for one in transforms}
     for one in transforms:
         in_features = one.linears[0].weight.shape[1]
-        relative[one.name] = relative_to(one, config)
         found[one.name] = tuple(InputStatistics(in_features, one.group_size, full=True) for _ in range(2))
     weights = trainer.present_weights()
     for index, given in enumerate(data.arguments):
@@ -212,7 +211,7 @@ def _student_statistics(
             name = node.meta["parofx_transform"]
             for statistics in found.get(name, ())[seen]:
                 rows = select_rows(node, value, masks)
-                statistics.update(rows, relative_to=relative[name], where=f"the input of {name}")
+                statistics.update(rows, relative_to=norms[name], where=f"the input of {name}")
 
         with torch.no_grad():
             Student(module, weights, record).run(*given)

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from parofx.calibration.block_fitting import quantized_weights, relative_to, train_block
+from parofx.calibration.block_fitting import output_norm, quantized_weights, train_block
 from parofx.calibration.block_student import Student
 from parofx.calibration.block_training import BlockData, floating_outputs
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.precision import product_precision
 from parofx.calibration.processes import check_divisible, fit_together, share_of
 from parofx.calibration.progress import BlockProgress
-from parofx.calibration.statistics import InputStatistics
+from parofx.calibration.statistics import InputStatistics, OutputNorm
 from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
 from parofx.calibration.stream import BlockStream, Border
 from parofx.config import ParoConfig
@@ -77,6 +77,7 @@ class DataRun:
         self._full = config.calibration.rounding == "feedback"
         self._statistics: dict[str, InputStatistics] = {}
         self._held_out: dict[str, InputStatistics] = {}
+        self._norms: dict[str, OutputNorm | None] = {}
         self._first_held_out = first_held_out(self._batches, config.calibration.validation_samples)
         #: Those that this process runs, by their place among all.
         self._places = share_of(range(len(self._batches)))
@@ -129,6 +130,8 @@ class DataRun:
                 self._progress.forwarded(self._batch, len(self._batches))
                 targets.append(floating_outputs(output) if students else [])
         statistics = {name: (self._statistics.pop(name), self._pop_held_out(name)) for name in names}
+        for name in names:
+            self._norms.pop(name, None)
         fits = fit_together(names, statistics, lambda name: self._fit(name, *statistics[name]))
         stages: list[StageReport] = []
         if students:
@@ -164,8 +167,9 @@ class DataRun:
         transform = self._transforms[name]
         if name not in statistics:
             statistics[name] = InputStatistics(rows.shape[-1], transform.group_size, full=self._full)
-        weights = relative_to(transform, self._config.calibration)
-        statistics[name].update(rows, relative_to=weights, where=f"the input of {name}")
+        if name not in self._norms:
+            self._norms[name] = output_norm(transform, self._config.calibration)
+        statistics[name].update(rows, relative_to=self._norms[name], where=f"the input of {name}")
 
     def _pop_held_out(self, name: str) -> InputStatistics:
         """Return the held-out statistics of a transform, empty ones where this process saw no held-out batch."""

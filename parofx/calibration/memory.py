@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from parofx.calibration.statistics import OUTPUT_CHUNK
 from parofx.calibration.traffic import SegmentTraffic
 from parofx.config import ParoConfig
 
@@ -18,7 +19,7 @@ _FEEDBACK_MATRICES = 10
 #: Copies in fp32 of a block's weights while it is trained: with gradients, two moments, the best, and what was rounded.
 _TRAINED_COPIES = 14
 #: fp32 copies of the rows of a batch while their products are summed.
-_ROW_COPIES = 3
+_ROW_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def memory_terms(
     terms = {
         "model": model_bytes,
         "borders": border * (1 + trains) * (1 + (calibration.work_dir is not None)),
-        "statistics": _statistics(segments, by_name, feedback) * (1 + trains),
+        "statistics": _statistics(segments, by_name, feedback, calibration.row_weights == "relative") * (1 + trains),
         "forward": max((one.forward for one in segments), default=0),
         "fit": max((_fit(shape, feedback) for shape in shapes), default=0),
         "results": 2 * packed_bytes
@@ -101,7 +102,9 @@ def disk_bytes(config: ParoConfig, shapes: Sequence[TransformShape], segments: S
     return sum(shape.fitted_bytes for shape in shapes) + 2 * border
 
 
-def _statistics(segments: Sequence[SegmentTraffic], shapes: Mapping[str, TransformShape], full: bool) -> int:
+def _statistics(
+    segments: Sequence[SegmentTraffic], shapes: Mapping[str, TransformShape], full: bool, relative: bool
+) -> int:
     """Return the bytes of all statistics that are open in one segment, with the rows that are being added."""
     uses: dict[str, list[int]] = {}
     for index, segment in enumerate(segments):
@@ -111,6 +114,10 @@ def _statistics(segments: Sequence[SegmentTraffic], shapes: Mapping[str, Transfo
     for index, segment in enumerate(segments):
         alive = [shapes[name] for name, at in uses.items() if at[0] <= index <= at[-1]]
         sums = sum((16 * one.in_features if full else 8 * one.group_size) * one.in_features for one in alive)
+        if relative:
+            # Products of the weights with themselves where they are smaller, else the weights in fp32.
+            sums += sum(4 * one.in_features * min(one.in_features, one.out_features) for one in alive)
+            sums += max((4 * one.in_features * min(one.out_features, OUTPUT_CHUNK) for one in alive), default=0)
         widest = max((one.in_features for one in alive), default=0)
         # Products of 256 columns at a time, in fp32 and in fp64, or those inside groups.
         products = 12 * 256 * widest

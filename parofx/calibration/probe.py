@@ -65,14 +65,15 @@ def estimate_seconds(
         per_flop = _product(widest, dtype, device, fast=config.autocast)
         full = config.rounding == "feedback"
         per_product = _update(widest, full, device)
-        # What rows are relative to is computed for the purpose.
-        per_row = per_flop if config.row_weights == "relative" else 0.0
+        # What rows are relative to is computed for the purpose, in fp32.
+        exact = _product(widest, torch.float32, device, fast=False) if config.row_weights == "relative" else 0.0
     sizes = {one.name: one for one in shapes}
     for one in segments:
         for name in one.transforms:
             width = sizes[name].in_features if full else sizes[name].group_size
             seconds += per_product * one.all_rows * sizes[name].in_features * width
-            seconds += per_row * one.all_rows * 2 * sizes[name].weights
+            narrow = min(sizes[name].in_features, sizes[name].out_features)
+            seconds += exact * one.all_rows * 2 * sizes[name].in_features * narrow
     passes = 1 + config.trains_blocks
     epochs = config.transform_epochs + config.weight_epochs + config.tune_epochs
     return seconds + per_flop * sum(one.flops for one in segments) * (passes + _TRAINING_FORWARDS * epochs)

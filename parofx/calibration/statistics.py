@@ -13,8 +13,51 @@ from parofx.errors import DataError, ShapeError
 
 #: Columns of full second moments computed at a time: what lies above the diagonal is mirrored, not computed.
 _COLUMNS = 256
+#: Output channels that are converted to fp32 at a time.
+OUTPUT_CHUNK = 4096
 #: Least squared norm of an output that errors are relative to, in units of what chance gives.
 _LEAST_OUTPUT = 1e-3
+
+
+class OutputNorm:
+    """The lengths of what siblings make of rows, `‖[W₁; W₂; …] x‖`.
+
+    Where there are more outputs than inputs, it is computed by `xᵀ (Σ Wᵢᵀ Wᵢ) x`, which takes K² products a row.
+
+    Args:
+        weights: of the siblings, `(N_i, K)`.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._weights = [weight.detach() for weight in weights]
+        self._product: Tensor | None = None
+        squares = sum(float(weight.float().square().sum()) for weight in self._weights)
+        self._by_chance = squares / self._weights[0].shape[1]
+
+    def divide(self, rows: Tensor) -> Tensor:
+        """Return fp32 `rows (n, K)` divided by these lengths.
+
+        Rows that the weights map to almost nothing are divided by what chance would make of them, times a small factor.
+        """
+        squares = self._squares(rows).clamp(min=0.0) + _LEAST_OUTPUT * self._by_chance * rows.square().sum(-1)
+        return rows * torch.where(squares > 0, squares, torch.inf).rsqrt()[:, None]
+
+    def _parts(self) -> Iterator[Tensor]:
+        """Yield the weights in fp32, some output channels at a time."""
+        for weight in self._weights:
+            for part in torch.split(weight, OUTPUT_CHUNK):
+                yield part.float()
+
+    def _squares(self, rows: Tensor) -> Tensor:
+        with product_precision("exact"):
+            if sum(map(len, self._weights)) <= rows.shape[-1]:
+                outputs = [torch.nn.functional.linear(rows, weight.float()) for weight in self._weights]
+                return torch.stack([one.square().sum(-1) for one in outputs]).sum(0)
+            if self._product is None:
+                self._product = rows.new_zeros(rows.shape[-1], rows.shape[-1])
+                for part in self._parts():
+                    self._product.addmm_(part.t(), part)
+            return (rows @ self._product).mul_(rows).sum(-1)
 
 
 class InputStatistics:
@@ -77,13 +120,15 @@ class InputStatistics:
         """`E[x²]` per channel, fp32 `(K,)`; zeros before the first row."""
         return (self._sums.diagonal(dim1=1, dim2=2).flatten() / max(self.count, 1)).float()
 
-    def update(self, rows: Tensor, *, relative_to: Sequence[Tensor] = (), where: str = "a transform's inputs") -> None:
+    def update(
+        self, rows: Tensor, *, relative_to: OutputNorm | None = None, where: str = "a transform's inputs"
+    ) -> None:
         """Add a batch of rows.
 
         Args:
             rows: `(…, K)`, any floating dtype; no rows at all change nothing.
-            relative_to: weights `(N_i, K)`; each row is divided by the norm of what they make of it, so that errors
-                count relative to the outputs that they are errors of.
+            relative_to: divides each row by the length of the outputs it becomes, so that errors count relative to what
+                they are errors of.
             where: what is observed, for the message of an error.
 
         Raises:
@@ -108,8 +153,8 @@ class InputStatistics:
             if self._sums.device != rows.device:
                 self._sums = self._sums.to(rows.device)
             scaled, unit = rows.float() / peak, peak**2
-            if relative_to:
-                scaled, unit = relative_rows(scaled, relative_to), 1.0
+            if relative_to is not None:
+                scaled, unit = relative_to.divide(scaled), 1.0
             for where_to, products in self._products(scaled):
                 self._sums[where_to] += products.double().mul_(unit)
 
@@ -175,18 +220,6 @@ class InputStatistics:
         """Take over the count and the sums of a state of equal sizes."""
         self.count = int(tensors["count"].item())
         self._sums.copy_(tensors["sums"])
-
-
-def relative_rows(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Return `rows (n, K)` divided by the norms of `[W₁; W₂; …] x`.
-
-    Rows that the weights map to almost nothing are divided by what chance would make of them, times `_LEAST_OUTPUT`.
-    """
-    with product_precision("fast"):
-        outputs = sum(torch.nn.functional.linear(rows, weight.float()).square().sum(-1) for weight in weights)
-    by_chance = sum(weight.float().square().sum() for weight in weights) / rows.shape[-1] * rows.square().sum(-1)
-    squares = outputs + _LEAST_OUTPUT * by_chance
-    return rows * torch.where(squares > 0, squares, torch.inf).rsqrt()[:, None]
 
 
 def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parofx.calibration import statistics as statistics_module
-from parofx.calibration.statistics import InputStatistics
+from parofx.calibration.statistics import InputStatistics, OutputNorm
 from parofx.errors import DataError, ShapeError
 
 GROUP = 4
@@ -64,7 +64,7 @@ def test_rows_relative_to_outputs_count_alike_whatever_their_length(
     weights = [sample(outputs, groups, seed + 1), sample(2, groups, seed + 2)]
     lengths = torch.logspace(-6, 6, rows)[:, None]
     found = InputStatistics(x.shape[1], GROUP)
-    found.update(x * lengths, relative_to=weights)
+    found.update(x * lengths, relative_to=OutputNorm(weights))
     both = torch.cat(weights).double()
     chance = both.square().sum() / x.shape[1] * x.double().square().sum(-1)
     norms = ((x.double() @ both.t()).square().sum(-1) + 1e-3 * chance).sqrt()
@@ -79,7 +79,7 @@ def test_rows_that_give_nothing_do_not_become_infinite() -> None:
     rows[1, 1], rows[2, 0] = 5.0, 2.0  # one of zeros, one that the weight does not see, one that it sees
     for weights in ([weight], [torch.zeros(3, GROUP)]):
         statistics = InputStatistics(GROUP, GROUP)
-        statistics.update(rows, relative_to=weights)
+        statistics.update(rows, relative_to=OutputNorm(weights))
         assert torch.isfinite(statistics.block_gram).all()
     assert not statistics.block_gram.any()
 
