@@ -23,7 +23,7 @@ from parofx.calibration.block_student import Student
 from parofx.calibration.block_training import BlockData, floating_outputs
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.precision import product_precision
-from parofx.calibration.processes import check_divisible, fit_together, share_of
+from parofx.calibration.processes import check_alike, check_divisible, fit_together, process_count, share_of, together
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.statistics import InputStatistics, OutputNorm
 from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
@@ -79,6 +79,7 @@ class DataRun:
         self._held_out: dict[str, InputStatistics] = {}
         self._norms: dict[str, OutputNorm | None] = {}
         self._first_held_out = first_held_out(self._batches, config.calibration.validation_samples)
+        self._digest = _digest(gm, config, self._batches)
         #: Those that this process runs, by their place among all.
         self._places = share_of(range(len(self._batches)))
         self._batches = [self._batches[place] for place in self._places]
@@ -86,7 +87,9 @@ class DataRun:
 
     def run(self) -> None:
         """Fit every transform after the last segment that computes one of its inputs."""
-        stream = BlockStream(self._gm, self._batches)
+        check_alike(self._digest)
+        with together():
+            stream = BlockStream(self._gm, self._batches)
         students: list[Border] = []
         if self._config.calibration.trains_blocks:
             students = [dict(border) for border in stream.borders]
@@ -124,7 +127,8 @@ class DataRun:
         open_before = set(self._statistics)
         targets = []
         self._batch = 0
-        with product_precision("fast") if self._config.calibration.autocast else contextlib.nullcontext():
+        precision = product_precision("fast") if self._config.calibration.autocast else contextlib.nullcontext()
+        with together(), precision:
             for output in stream.run(segment, self._record):
                 self._batch += 1
                 self._progress.forwarded(self._batch, len(self._batches))
@@ -193,6 +197,14 @@ class DataRun:
         tensors = itertools.chain(self._gm.named_parameters(), self._gm.named_buffers())
         digest = fingerprint(options, tensors, self._batches)
         return CalibrationStore(calibration.work_dir, digest, resume=calibration.resume)
+
+
+def _digest(gm: GraphModule, config: ParoConfig, batches: Sequence[Mapping[str, Any]]) -> str:
+    """Return what tells this run from others: options, graph, data and the beginning of each weight."""
+    if process_count() == 1:
+        return ""
+    beginnings = ((name, tensor.detach().flatten()[:1024]) for name, tensor in gm.named_parameters())
+    return fingerprint(config.to_dict() | {"graph": gm.code}, beginnings, batches)
 
 
 def first_held_out(batches: Sequence[Mapping[str, Any]], samples: int) -> int:

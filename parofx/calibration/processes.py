@@ -3,11 +3,15 @@
 Process r of n takes the batches r, r + n, …. Statistics are sums over batches, so those of all processes together are
 those of one process that ran everything. They are summed on the process that fits the transform; what it found is sent
 to all, as the bytes of a safetensors file. So every process ends with the same model.
+
+A process that fails says so where it would have met the others, and all of them fail: none waits for what never comes,
+or takes what belongs to another run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -19,7 +23,7 @@ from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.store import pack_fit, unpack_fits
 from parofx.config import CalibrationConfig
-from parofx.errors import ConfigError, DataError
+from parofx.errors import ConfigError, DataError, one_per_line
 
 _Item = TypeVar("_Item")
 
@@ -47,7 +51,7 @@ def check_divisible(batches: int, config: CalibrationConfig) -> None:
     if batches < processes:
         raise DataError(
             f"calibration must hold a batch for each process, got {batches} for {processes} processes: give more "
-            f"sequences, a batch_size below {config.batch_size}, or start fewer processes"
+            f"sequences, smaller batches (batch_size is {config.batch_size}), or start fewer processes"
         )
     if config.trains_blocks:
         raise ConfigError(
@@ -61,6 +65,55 @@ def check_divisible(batches: int, config: CalibrationConfig) -> None:
 def share_of(items: Sequence[_Item]) -> list[_Item]:
     """Return this process's share of `items`."""
     return list(items[process_index() :: process_count()])
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Do a part of the work that every process does a share of; where it fails in one, it fails in all.
+
+    Raises:
+        DataError: that names the process which failed, in the others.
+    """
+    error = None
+    try:
+        yield
+    except BaseException as caught:
+        error = caught
+    told = _tell("" if error is None else f"{type(error).__name__}: {error}") if process_count() > 1 else []
+    if error is not None:
+        raise error
+    failed = [f"process {place}: {message}" for place, message in enumerate(told) if message]
+    if failed:
+        raise DataError(f"calibration stopped, it failed in\n{one_per_line(failed)}")
+
+
+def check_alike(digest: str) -> None:
+    """Refuse to sum what belongs to different models, options or data.
+
+    Args:
+        digest: of all that must be the same in every process.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    if process_count() > 1 and len(set(_tell(digest))) > 1:
+        raise ConfigError(
+            f"the {process_count()} processes of torch.distributed must quantize one model with the same options and "
+            "data, and got different ones; call quantize alike in all of them, or before init_process_group"
+        )
+
+
+def _tell(message: str) -> list[str]:
+    """Return what each process tells, in their order."""
+    own = torch.frombuffer(bytearray(message.encode()) or bytearray(1), dtype=torch.uint8).to(_device())
+    size = torch.tensor([len(message.encode())], device=_device())
+    sizes = [torch.empty_like(size) for _ in range(process_count())]
+    dist.all_gather(sizes, size)
+    widest = max(1, *(int(one) for one in sizes))
+    padded = torch.nn.functional.pad(own, (0, widest - len(own)))
+    told = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(told, padded)
+    return [bytes(one[: int(count)].tolist()).decode() for one, count in zip(told, sizes, strict=True)]
 
 
 def fit_together(
@@ -82,7 +135,8 @@ def fit_together(
     for name in names:
         for one in statistics[name]:
             _sum_at(owners[name], one)
-    found = {name: fit(name) for name in names if owners[name] == here}
+    with together():
+        found = {name: fit(name) for name in names if owners[name] == here}
     return {name: _sent(owners[name], name, found.get(name)) for name in names}
 
 

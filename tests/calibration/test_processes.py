@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import parofx
 from parofx import CalibrationConfig, ParoConfig
+from parofx.cli.processes import joined
 from parofx.errors import ConfigError, DataError
 
 #: One process: its place among how many, the file they meet at, its output folder.
@@ -84,6 +85,59 @@ def test_two_processes_find_what_one_does(tmp_path):
                 assert (first[key] == tensor).double().mean() > 0.99, key
 
 
+#: As PROCESS, once with a row that overflows in one process's share, once with two different models.
+FAILING = """
+import sys, torch, torch.distributed as dist, parofx
+from parofx.errors import ConfigError, DataError
+from test_processes import FAST
+place, count, meeting = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=place, world_size=count)
+class Square(torch.nn.Module):
+    def forward(self, x):
+        return x * x
+def model(seed):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(128, 64), Square(), torch.nn.Linear(64, 64)).eval()
+config = parofx.ParoConfig(calibration=FAST)
+fine = torch.randn(6, 4, 128, generator=torch.Generator().manual_seed(0))
+large = fine.clone()
+large[3, 0] = 1e30  # finite, but not its square
+for name, seed, data in (("large", 0, large), ("models", place, fine), ("fine", 0, fine)):
+    try:
+        report = parofx.quantize(model(seed), config, calibration=list(data.split(1)), progress=False)
+        print(name, report.linears[0].relative_error)
+    except (ConfigError, DataError) as error:
+        print(name, type(error).__name__, " ".join(str(error).split()))
+dist.destroy_process_group()
+"""
+
+
+def test_where_one_fails_all_fail_and_go_on_together(tmp_path):
+    processes = [start(FAILING, place, 2, tmp_path / "meeting") for place in range(2)]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    first, second = (
+        [line for line in output.splitlines() if line.split()[0] in ("large", "models", "fine")] for output in outputs
+    )
+    # The fourth batch is the second process's.
+    assert first[0].startswith("large DataError calibration stopped, it failed in - process 1: DataError: ")
+    assert second[0].startswith("large DataError the input of")
+    for lines in (first, second):
+        assert "must quantize one model with the same options" in lines[1]
+    assert first[2] == second[2]
+    assert 0 < float(first[2].split()[1]) < 0.1
+
+
+def test_a_world_without_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with (
+        pytest.raises(ConfigError, match=r"WORLD_SIZE is 2 but RANK, .* start several processes with torchrun"),
+        joined("cpu"),
+    ):
+        pass
+
+
 @pytest.fixture
 def claimed(monkeypatch):
     """Say that there are two processes; nothing is sent."""
@@ -94,7 +148,7 @@ def claimed(monkeypatch):
 
 def test_each_process_needs_a_batch(claimed):
     config = ParoConfig(calibration=CalibrationConfig(samples=6, batch_size=6))
-    with pytest.raises(DataError, match=r"a batch for each process, got 1 for 2 processes: .* a batch_size below 6"):
+    with pytest.raises(DataError, match=r"a batch for each process, got 1 for 2 processes: .* smaller batches"):
         parofx.quantize(tiny.model(), config, calibration=data(), progress=False)
 
 
