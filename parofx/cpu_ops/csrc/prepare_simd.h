@@ -114,6 +114,26 @@ void finish_integer(const float* row, int group_size, uint32_t* words, float* sc
   *sum = static_cast<float>(Simd::sum_int(total));
 }
 
+// The share of one group in x · downᵀ, for the linears that read a rotation.
+template <class Simd>
+void project(const PrepareJob& job, int64_t group, int64_t row_begin, int rows, const float* v) {
+  const int group_size = job.out.group_size;
+  for (int i = 0; i < job.projection_count; ++i) {
+    const Projection& to = job.projections[i];
+    float* parts = to.parts + job.out.row_index(group, row_begin) * to.rank;
+    for (int row = 0; row < rows; ++row) {
+      for (int r = 0; r < to.rank; ++r) {
+        auto dot = Simd::zero();
+        for (int k = 0; k < group_size; k += Simd::kLanes) {
+          const auto down = Simd::template load_as<DType::f16>(to.down, r * to.in_features + group * group_size + k);
+          dot = Simd::fmadd(down, Simd::load(v + row * group_size + k), dot);
+        }
+        *parts++ = Simd::sum(dot);
+      }
+    }
+  }
+}
+
 // `Isa` names the vectors, rotates one row, and knows how to finish each format.
 template <class Isa>
 void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end) {
@@ -133,6 +153,7 @@ void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t ro
   } else if (job.rounds > 0) {
     for (int row = 0; row < rows; ++row) Isa::rotate_row(v + row * group_size, rotation);
   }
+  project<Simd>(job, group, row_begin, rows, v);
   const auto finish = Isa::finish(job.out.format);
   for (int row = 0; row < rows; ++row) {
     const int64_t index = job.out.row_index(group, row_begin + row);
@@ -149,7 +170,11 @@ void store_rows(const StoreJob& job) {
     alignas(64) uint8_t narrow[kBlockColumns * sizeof(float)];
     void* out = job.columns == kBlockColumns ? static_cast<void*>(y) : narrow;
     for (int n = 0; n < kBlockColumns; n += Simd::kLanes) {
-      const auto v = Simd::add(Simd::load(job.tile + row * kBlockColumns + n), Simd::load(job.bias + n));
+      auto v = Simd::add(Simd::load(job.tile + row * kBlockColumns + n), Simd::load(job.bias + n));
+      for (int r = 0; r < job.rank; ++r) {
+        const auto sum = Simd::broadcast(job.sums[row * job.rank + r]);
+        v = Simd::fmadd(sum, Simd::template load_as<DType::f16>(job.up, r * kBlockColumns + n), v);
+      }
       Simd::template store_as<dtype>(out, n, v);
     }
     if (job.columns < kBlockColumns) std::memcpy(y, narrow, job.columns * element);
