@@ -106,9 +106,7 @@ def test_corrections_become_arguments_of_one_operator(door: str, bits: Mapping[s
 def test_a_correction_that_fp16_cannot_hold_is_refused() -> None:
     captured = calibrated(graphs.Stack(1), graphs.rows(3, 64))
     graphs.compensate(captured.gm, {"down": 1}, scale=1e6)
-    with pytest.raises(
-        PassError, match=r"whatever\.0\.down cannot be converted: its low-rank correction must be finite"
-    ):
+    with pytest.raises(PassError, match=r"0\.down cannot be converted: its low-rank correction must be finite"):
         Convert().run(captured.gm)
 
 
