@@ -83,7 +83,7 @@ struct MultiplyJob {
 };
 
 struct StoreJob {
-  const float* tile; // (rows, 32)
+  float* tile; // (rows, 32); overwritten
   int64_t rows;
   int columns;       // 1..32
   const float* bias; // 32 floats

@@ -121,14 +121,18 @@ void project(const PrepareJob& job, int64_t group, int64_t row_begin, int rows, 
   for (int i = 0; i < job.projection_count; ++i) {
     const Projection& to = job.projections[i];
     float* parts = to.parts + job.out.row_index(group, row_begin) * to.rank;
-    for (int row = 0; row < rows; ++row) {
-      for (int r = 0; r < to.rank; ++r) {
+    for (int r = 0; r < to.rank; ++r) {
+      alignas(64) float down[kMaxGroupSize]; // converted once for all rows
+      for (int k = 0; k < group_size; k += Simd::kLanes) {
+        const int64_t at = r * to.in_features + group * group_size + k;
+        Simd::store(down + k, Simd::template load_as<DType::f16>(to.down, at));
+      }
+      for (int row = 0; row < rows; ++row) {
         auto dot = Simd::zero();
         for (int k = 0; k < group_size; k += Simd::kLanes) {
-          const auto down = Simd::template load_as<DType::f16>(to.down, r * to.in_features + group * group_size + k);
-          dot = Simd::fmadd(down, Simd::load(v + row * group_size + k), dot);
+          dot = Simd::fmadd(Simd::load(down + k), Simd::load(v + row * group_size + k), dot);
         }
-        *parts++ = Simd::sum(dot);
+        parts[row * to.rank + r] = Simd::sum(dot);
       }
     }
   }
@@ -170,19 +174,37 @@ void store_rows(const StoreJob& job) {
     alignas(64) uint8_t narrow[kBlockColumns * sizeof(float)];
     void* out = job.columns == kBlockColumns ? static_cast<void*>(y) : narrow;
     for (int n = 0; n < kBlockColumns; n += Simd::kLanes) {
-      auto v = Simd::add(Simd::load(job.tile + row * kBlockColumns + n), Simd::load(job.bias + n));
-      for (int r = 0; r < job.rank; ++r) {
-        const auto sum = Simd::broadcast(job.sums[row * job.rank + r]);
-        v = Simd::fmadd(sum, Simd::template load_as<DType::f16>(job.up, r * kBlockColumns + n), v);
-      }
+      const auto v = Simd::add(Simd::load(job.tile + row * kBlockColumns + n), Simd::load(job.bias + n));
       Simd::template store_as<dtype>(out, n, v);
     }
     if (job.columns < kBlockColumns) std::memcpy(y, narrow, job.columns * element);
   }
 }
 
+// tile += sums · up, `kRanks` ranks from `first` on, whose columns stay in registers.
+template <class Simd, int kRanks>
+void add_ranks(const StoreJob& job, int first) {
+  for (int n = 0; n < kBlockColumns; n += Simd::kLanes) {
+    typename Simd::Float up[kRanks];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRanks; ++r) {
+      up[r] = Simd::template load_as<DType::f16>(job.up, (first + r) * kBlockColumns + n);
+    }
+    for (int64_t row = 0; row < job.rows; ++row) {
+      const float* sums = job.sums + row * job.rank + first;
+      auto v = Simd::load(job.tile + row * kBlockColumns + n);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRanks; ++r) v = Simd::fmadd(Simd::broadcast(sums[r]), up[r], v);
+      Simd::store(job.tile + row * kBlockColumns + n, v);
+    }
+  }
+}
+
 template <class Simd>
 void store(const StoreJob& job) {
+  int rank = 0;
+  for (; rank + 4 <= job.rank; rank += 4) add_ranks<Simd, 4>(job, rank);
+  for (; rank < job.rank; ++rank) add_ranks<Simd, 1>(job, rank);
   if (job.dtype == DType::f32) return store_rows<Simd, DType::f32>(job);
   if (job.dtype == DType::bf16) return store_rows<Simd, DType::bf16>(job);
   store_rows<Simd, DType::f16>(job);
