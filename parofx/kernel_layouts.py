@@ -59,6 +59,8 @@ class KernelLayout(Protocol):
     ) -> Tensor:
         """Return `(…, N)` for `x (…, K)`; differentiable in `x`, and one operator call where a graph is traced.
 
+        `packed` also holds `compensation_down` and `compensation_up` where there is a correction to add.
+
         Outside of graphs `eager_activations` `"int8"` quantizes rotated activations per (row, group).
 
         Raises:

@@ -12,12 +12,14 @@ from parofx.errors import ShapeError
 
 #: The tensors of a quantized module, in checkpoint order; `bias` may follow.
 TENSOR_NAMES = ("qweight", "qzeros", "scales", "theta", "pairs", "channel_scales")
+#: The halves of a low-rank correction, which a module may have besides.
+COMPENSATION_NAMES = ("compensation_down", "compensation_up")
 #: The tensors that siblings sharing one transform hold in common.
 ROTATION_NAMES = ("theta", "pairs", "channel_scales")
 
 
 def tensor_specs(
-    in_features: int, out_features: int, group_size: int, krot: int, *, bias: bool, bits: int = 4
+    in_features: int, out_features: int, group_size: int, krot: int, *, bias: bool, bits: int = 4, rank: int = 0
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return name → (dtype, shape) of the checkpoint tensors of one linear."""
     groups, words = in_features // group_size, packing.words_per_row(out_features, bits)
@@ -31,6 +33,9 @@ def tensor_specs(
     }
     if bias:
         specs["bias"] = (torch.float16, (out_features,))
+    if rank:
+        specs["compensation_down"] = (torch.float16, (rank, in_features))
+        specs["compensation_up"] = (torch.float16, (rank, out_features))
     return specs
 
 
@@ -40,10 +45,12 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str = "ParoLinear") -> N
     Raises:
         ShapeError: listing every problem.
     """
-    missing = [name for name in TENSOR_NAMES if name not in tensors]
-    unexpected = sorted(set(tensors) - {*TENSOR_NAMES, "bias"})
+    compensation = COMPENSATION_NAMES if any(name in tensors for name in COMPENSATION_NAMES) else ()
+    missing = [name for name in (*TENSOR_NAMES, *compensation) if name not in tensors]
+    unexpected = sorted(set(tensors) - {*TENSOR_NAMES, *COMPENSATION_NAMES, "bias"})
     if missing or unexpected:
-        raise ShapeError(f"{where}: expected {[*TENSOR_NAMES, '[bias]']}, missing {missing}, unexpected {unexpected}")
+        expected = [*TENSOR_NAMES, "[bias]", *(f"[{name}]" for name in COMPENSATION_NAMES)]
+        raise ShapeError(f"{where}: expected {expected}, missing {missing}, unexpected {unexpected}")
     packing.check_packed_shapes(tensors["qweight"], tensors["qzeros"], tensors["scales"])
     groups, out_features = tensors["scales"].shape
     in_features, krot = tensors["qweight"].shape[0], tensors["pairs"].shape[0]
@@ -51,7 +58,9 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str = "ParoLinear") -> N
     if group_size % 2 or group_size < 2:
         raise ShapeError(f"{where}: group_size (rows of qweight over rows of scales) must be even, got {group_size}")
     bits = packing.packed_bits(tensors["qweight"], tensors["scales"])
-    specs = tensor_specs(in_features, out_features, group_size, krot, bias="bias" in tensors, bits=bits)
+    specs = tensor_specs(
+        in_features, out_features, group_size, krot, bias="bias" in tensors, bits=bits, rank=compensation_rank(tensors)
+    )
     for name, (dtype, shape) in specs.items():
         found = tensors[name]
         if found.dtype != dtype or tuple(found.shape) != shape:
@@ -62,6 +71,11 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str = "ParoLinear") -> N
             )
     if not tensors["pairs"].is_meta:
         rotation.check_pairs(tensors["pairs"], group_size, f"{where}.pairs")
+
+
+def compensation_rank(tensors: Mapping[str, Tensor]) -> int:
+    """Return the rank of a linear's correction; 0 without one."""
+    return tensors["compensation_down"].shape[0] if "compensation_down" in tensors else 0
 
 
 def why_not_valid(tensors: Mapping[str, Tensor], group_size: int, where: str) -> list[str]:

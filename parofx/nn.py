@@ -14,11 +14,14 @@ from parofx import kernel_layouts, linear_tensors, packing, rotation
 from parofx.config import Activations
 from parofx.cpu_ops import packed_linear as _packed_linear  # noqa: F401  (registers its layout)
 from parofx.errors import LoweringError, ShapeError
-from parofx.linear_tensors import ROTATION_NAMES, TENSOR_NAMES, check_tensors, tensor_specs
-from parofx.ops import stated_bits
+from parofx.linear_tensors import COMPENSATION_NAMES, ROTATION_NAMES, TENSOR_NAMES, check_tensors, tensor_specs
+from parofx.ops import stated
 
 __all__ = ["CHECKPOINT", "ROTATION_NAMES", "TENSOR_NAMES", "ParoLinear", "check_tensors", "tensor_specs"]
 
+
+#: What kernels read as the checkpoint has it.
+_IN_EVERY_LAYOUT = ("bias", *COMPENSATION_NAMES)
 
 #: The layout that is no kernel's.
 CHECKPOINT = "checkpoint"
@@ -41,6 +44,10 @@ class ParoLinear(nn.Module):
     | `pairs` | int16 | `(krot, K)` |
     | `channel_scales` | fp16 | `(1, K)` |
     | `bias` (optional) | fp16 | `(N,)` |
+    | `compensation_down` (optional) | fp16 | `(r, K)` |
+    | `compensation_up` (optional) | fp16 | `(r, N)` |
+
+    The last two are a low-rank correction: the module multiplies rotated activations by `Wq + downᵀ @ up`.
 
     The module owns one copy of them, as buffers in either of two layouts: the checkpoint's, or from the first forward
     on that of the device's kernels, where there are such (`layout` tells). `state_dict` and `checkpoint_tensors`
@@ -54,6 +61,7 @@ class ParoLinear(nn.Module):
         krot: rotation rounds.
         bias: whether there is a bias.
         bits: width of a weight: 3, 4 or 8.
+        compensation_rank: r, 0 for no correction.
         device: of the buffers; `"meta"` allocates nothing.
 
     Raises:
@@ -86,6 +94,7 @@ class ParoLinear(nn.Module):
         krot: int,
         bias: bool,
         bits: int = 4,
+        compensation_rank: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -99,6 +108,7 @@ class ParoLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.bits = bits
+        self.compensation_rank = compensation_rank
         self.group_size = group_size
         self.krot = krot
         for name, (dtype, shape) in self._specs(bias=bias).items():
@@ -115,7 +125,8 @@ class ParoLinear(nn.Module):
         """Build a module around checkpoint tensors, without copying them.
 
         Args:
-            tensors: `TENSOR_NAMES`, and `bias` if there is one, with the checkpoint's dtypes and shapes.
+            tensors: `TENSOR_NAMES`, and where there are such `bias` and both halves of a correction, with the
+                checkpoint's dtypes and shapes.
 
         Raises:
             ShapeError: listing what is missing, unexpected or contradictory.
@@ -130,6 +141,7 @@ class ParoLinear(nn.Module):
             krot=tensors["pairs"].shape[0],
             bias="bias" in tensors,
             bits=packing.packed_bits(tensors["qweight"], tensors["scales"]),
+            compensation_rank=linear_tensors.compensation_rank(tensors),
             device="meta",
         )
         for name, tensor in tensors.items():
@@ -164,7 +176,7 @@ class ParoLinear(nn.Module):
             buffers["scales"],
             buffers["bias"],
             self.group_size,
-            *stated_bits(self.bits),
+            *stated(self.bits, buffers.get("compensation_down"), buffers.get("compensation_up")),
         )
         return result
 
@@ -203,13 +215,15 @@ class ParoLinear(nn.Module):
             return tensors
         with torch.no_grad(), torch.inference_mode(False), torch._C._DisableAutocast():
             unpacked = kernel_layouts.by_name(self.layout).unpack(tensors, self.group_size, self.bits)
-        return unpacked | {name: tensors[name] for name in ("bias",) if name in tensors}
+        return unpacked | {name: tensors[name] for name in _IN_EVERY_LAYOUT if name in tensors}
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight `(N, K)` that this module multiplies by, in the unrotated space."""
         work = rotation.compute_dtype(dtype)
         tensors = self.checkpoint_tensors()
         rotated = packing.dequantize_linear(tensors["qweight"], tensors["qzeros"], tensors["scales"], work)
+        if self.compensation_rank:
+            rotated += tensors["compensation_up"].to(work).t() @ tensors["compensation_down"].to(work)
         reciprocal = tensors["channel_scales"].to(work).reciprocal()
         pairs, theta = tensors["pairs"], tensors["theta"]
         return rotation.inverse_rotate(rotated, pairs, theta, reciprocal, self.group_size).to(dtype)
@@ -224,11 +238,12 @@ class ParoLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.bits}, group_size={self.group_size}, krot={self.krot}"
+            + (f", compensation_rank={self.compensation_rank}" if self.compensation_rank else "")
         )
 
     def _specs(self, *, bias: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         sizes = (self.in_features, self.out_features, self.group_size, self.krot)
-        return tensor_specs(*sizes, bias=bias, bits=self.bits)
+        return tensor_specs(*sizes, bias=bias, bits=self.bits, rank=self.compensation_rank)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _settle(self) -> str:
@@ -247,14 +262,15 @@ class ParoLinear(nn.Module):
                     with torch.no_grad(), torch.inference_mode(False), torch._C._DisableAutocast():
                         packed = layout.pack(buffers, self.group_size, self.bits)
                     self._lineage = kernel_layouts.Lineage.of(buffers["theta"])
-                    self._hold(packed | {"bias": buffers["bias"]}, layout.name)
+                    kept = {name: buffers[name] for name in _IN_EVERY_LAYOUT if name in buffers}
+                    self._hold(packed | kept, layout.name)
             return self._layout or CHECKPOINT
 
     def _hold(self, buffers: Mapping[str, Tensor | None], layout: str | None) -> None:
         """Replace all buffers, by a new dictionary: who iterates over the old one is not disturbed."""
         self._buffers = {**buffers, "bias": buffers.get("bias")}
         # Kernels' buffers are in no state_dict under their own names.
-        self._non_persistent_buffers_set = set() if layout is None else set(buffers) - {"bias"}
+        self._non_persistent_buffers_set = set() if layout is None else set(buffers) - set(_IN_EVERY_LAYOUT)
         self._layout = layout
 
     def __getattr__(self, name: str) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from parofx import integrations, kept_float
+from parofx import integrations, kept_float, linear_tensors
 from parofx.calibration.data import batches as read_batches
 from parofx.config import ParoConfig
 from parofx.errors import CaptureError, ConfigError, one_per_line
@@ -23,7 +23,7 @@ from parofx.nn import ParoLinear
 from parofx.passes.calibrate import Calibrate, block_reports_of, reports_of
 from parofx.passes.capture import capture, complete_inputs
 from parofx.passes.convert import Convert
-from parofx.passes.graph import INT4_LINEAR, binding, get_attribute, nodes_calling
+from parofx.passes.graph import INT4_LINEAR, binding, correction_of, get_attribute, nodes_calling
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.linears import matches
 from parofx.pipeline import Pipeline
@@ -214,6 +214,7 @@ def _modules(gm: GraphModule) -> dict[str, ParoLinear]:
         }
         if bias is not None:
             sources["bias"] = bias
+        sources |= zip(linear_tensors.COMPENSATION_NAMES, correction_of(node) or (), strict=False)
         tensors = {key: get_attribute(gm, str(source.target)) for key, source in sources.items()}
         modules[name] = ParoLinear.from_tensors(tensors)
     return modules

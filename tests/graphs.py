@@ -15,7 +15,7 @@ from parofx import affine, pairing
 from parofx.calibration.fitting import rotate_weight
 from parofx.config import CalibrationConfig, ParoConfig
 from parofx.dynamo import bind_parameters
-from parofx.passes import Normalize, Stage
+from parofx.passes import Normalize, Stage, compensation
 from parofx.passes.base import set_stage
 from parofx.passes.capture import capture
 from parofx.passes.graph import INT4_LINEAR, get_attribute, nodes_calling
@@ -179,6 +179,17 @@ def set_bits(gm: GraphModule, bits: Mapping[str, int]) -> None:
             width = next((width for name, width in bits.items() if one.name.endswith(name)), one.bits)
             w, scales, zeros, _, group_size = one.fake_quantize.args
             one.fake_quantize.args = (w, scales, zeros, width, group_size)
+
+
+def compensate(gm: GraphModule, ranks: Mapping[str, int], scale: float = 0.1) -> None:
+    """Add random corrections to linears of a CALIBRATED graph, known by the ends of their names."""
+    random = torch.Generator().manual_seed(0)
+    for transform in find_transforms(gm):
+        for one in transform.linears:
+            rank = next((rank for name, rank in ranks.items() if one.name.endswith(name)), 0)
+            if rank:
+                up, down = (scale * torch.randn(size, rank, generator=random) for size in one.weight.shape)
+                compensation.compensate(gm, one.fake_quantize, up, down.t())
 
 
 def config(**options: Any) -> ParoConfig:

@@ -328,7 +328,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes, group_size):
 def test_missing_and_unexpected_tensors_are_listed():
     tensors = some_tensors()
     del tensors["theta"], tensors["pairs"]
-    message = r"mlp: expected \['qweight'.*'\[bias\]'\], missing \['theta', 'pairs'\], unexpected \['g_idx', 'weight'\]"
+    message = r"mlp: expected \['qweight'.*up\]'\], missing \['theta', 'pairs'\], unexpected \['g_idx', 'weight'\]"
     with pytest.raises(ShapeError, match=message):
         check_tensors(tensors | {"weight": torch.ones(1), "g_idx": torch.ones(1)}, "mlp")
 

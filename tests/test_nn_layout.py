@@ -23,12 +23,19 @@ FP32 = 1e-5
 K, N, GROUP = 128, 72, 32
 
 
-def some_linear(seed: int = 0, *, bias: bool = True, krot: int = 3, bits: int = 4) -> ParoLinear:
+def some_linear(seed: int = 0, *, bias: bool = True, krot: int = 3, bits: int = 4, rank: int = 0) -> ParoLinear:
     generator = torch.Generator().manual_seed(seed)
     out_features = 96 if bits == 3 else N
     weight = torch.randn(out_features, K, generator=generator)
     shift = torch.randn(out_features, generator=generator) if bias else None
-    return round_linear(weight, shift, random_rotation(K, GROUP, krot, seed), GROUP, bits)
+    module = round_linear(weight, shift, random_rotation(K, GROUP, krot, seed), GROUP, bits)
+    if rank:
+        halves = {
+            f"compensation_{half}": torch.randn(rank, size, generator=generator).half()
+            for half, size in (("down", K), ("up", out_features))
+        }
+        module = ParoLinear.from_tensors(dict(module.state_dict()) | halves)
+    return module
 
 
 def some_input(*batch: int) -> torch.Tensor:
@@ -37,7 +44,9 @@ def some_input(*batch: int) -> torch.Tensor:
 
 def reference(tensors, x, bits=4):
     names = ("pairs", "theta", "channel_scales", "qweight", "qzeros", "scales")
-    return torch.ops.parofx.rotate_int4_linear(x, *(tensors[name] for name in names), tensors.get("bias"), GROUP, bits)
+    halves = (tensors.get("compensation_down"), tensors.get("compensation_up"))
+    given = (*(tensors[name] for name in names), tensors.get("bias"))
+    return torch.ops.parofx.rotate_int4_linear(x, *given, GROUP, bits, *halves)
 
 
 def same(one, other) -> bool:
@@ -46,10 +55,10 @@ def same(one, other) -> bool:
     )
 
 
-@pytest.mark.parametrize(("krot", "bits"), [(0, 4), (3, 4), (3, 3), (0, 8)])
+@pytest.mark.parametrize(("krot", "bits", "rank"), [(0, 4, 0), (3, 4, 0), (3, 3, 0), (0, 8, 3), (3, 4, 8)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_first_forward_packs_and_the_state_dict_stays(krot, bits, bias):
-    module = some_linear(bias=bias, krot=krot, bits=bits)
+def test_the_first_forward_packs_and_the_state_dict_stays(krot, bits, rank, bias):
+    module = some_linear(bias=bias, krot=krot, bits=bits, rank=rank)
     before = copy.deepcopy(module.state_dict())
     assert module.layout == "checkpoint"
     result = module(some_input())
@@ -61,6 +70,25 @@ def test_the_first_forward_packs_and_the_state_dict_stays(krot, bits, bias):
     assert module.layout == "cpu", "reading it changes nothing"
     assert same(module.unpack_().state_dict(), before)
     assert {name for name, _ in module.named_buffers()} == set(before)
+
+
+def test_a_correction_is_part_of_the_weight():
+    module, x = some_linear(rank=3).pack_(), some_input()
+    assert "compensation_rank=3" in repr(module)
+    assert module.packed_bytes() == sum(tensor.nbytes for tensor in module.state_dict().values())
+    expected = nn.functional.linear(x, module.dequantized_weight(), module.bias.float())
+    assert relative_error(module(x), expected) < FP32
+    plain = {name: tensor for name, tensor in module.state_dict().items() if "compensation" not in name}
+    assert relative_error(ParoLinear.from_tensors(plain)(x), expected) > 0.1
+    copied = ParoLinear(K, N, group_size=GROUP, krot=3, bias=True, compensation_rank=3)
+    copied.pack_()
+    copied.load_state_dict(module.state_dict())
+    assert torch.equal(copied(x), module(x))
+    with pytest.raises(ShapeError, match=r"missing \['compensation_up'\]"):
+        ParoLinear.from_tensors(plain | {"compensation_down": module.compensation_down})
+    fast = torch.compile(module.eval(), backend="paro", fullgraph=True)
+    with torch.no_grad():
+        assert relative_error(fast(x), expected) < FP32
 
 
 def test_layouts_change_under_autocast():

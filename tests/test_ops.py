@@ -299,6 +299,71 @@ def changed(position, tensor, args):
     return (*args[:position], tensor, *args[position + 1 :])
 
 
+def corrected(case, rank):
+    """Return `(down, up)` for a case."""
+    random = torch.Generator().manual_seed(case.seed)
+    return tuple(torch.randn(rank, size, generator=random).half() for size in (case.in_features, case.out_features))
+
+
+@given(rotate_linear_cases(krots=(0, 2), bits=WIDTHS, dtypes=(torch.float64,)), st.integers(0, 5))
+def test_a_correction_is_a_thin_product_on_top(case, rank):
+    """Of the rotated input; siblings have each their own."""
+    x, rotation, weight, (down, up) = case.x(), case.rotation(), case.weight(), corrected(case, rank)
+    trailing = (case.group_size, case.bits)
+    rotated = paro.rotate(x, *rotation, case.group_size)
+    added = rotated @ down.double().t() @ up.double()
+    expected = paro.rotate_int4_linear(x, *rotation, *weight, *trailing) + added
+    close = {"rtol": 1e-9, "atol": 1e-9 * float(1 + added.abs().max()) if added.numel() else 0.0}
+    torch.testing.assert_close(paro.rotate_int4_linear(x, *rotation, *weight, *trailing, down, up), expected, **close)
+    torch.testing.assert_close(paro.int4_linear(rotated, *weight, *trailing, down, up), expected, **close)
+    args = siblings_args([case, case], shared=True)[:10]
+    outputs = paro.rotate_int4_siblings(*args, case.bits, [down, 2 * down], [up, up])
+    torch.testing.assert_close(outputs[0], expected, **close)
+    torch.testing.assert_close(outputs[1], expected + added, **close)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_opcheck_and_gradcheck_with_a_correction(bits):
+    case = RotateLinearCase(
+        batch=(3,), groups=2, group_size=4, krot=2, words=1, bits=bits, bias=True, dtype=torch.float64
+    )
+    x, (pairs, theta, scales), weight, halves = case.x(), case.rotation(), case.weight(), corrected(case, 3)
+    x = x.requires_grad_()
+    opcheck(paro.int4_linear, (x, *weight, 4, bits, *halves))
+    opcheck(paro.rotate_int4_linear, (x, pairs, theta, scales, *weight, 4, bits, *halves))
+    args = siblings_args([case, case], shared=False)[1:10]
+    lists = [[half, half] for half in halves]
+    opcheck(paro.rotate_int4_siblings, (x, *args, bits, *lists))
+    for fn in (
+        lambda x: paro.int4_linear(x, *weight, 4, bits, *halves),
+        lambda x: paro.rotate_int4_linear(x, pairs, theta, scales, *weight, 4, bits, *halves),
+        lambda x: tuple(paro.rotate_int4_siblings(x, *args, bits, *lists)),
+    ):
+        assert torch.autograd.gradcheck(fn, x)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_corrections_that_do_not_fit_are_refused(device):
+    case = RotateLinearCase(batch=(5,), groups=2, group_size=6, krot=1, words=1)
+    down, up = corrected(case, 2)
+    x, weight = case.x(), case.weight()[:3]
+    for halves, found in (
+        ((down, None), r"\(2, 12\) and None"),
+        ((down, up[:1]), r"\(2, 12\) and \(1, 8\)"),
+        ((down[:, :3], up), r"\(2, 3\) and \(2, 8\)"),
+    ):
+        args = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda tensor: tensor.to(device), (x, *weight, None, 6, 4, *halves)
+        )
+        with pytest.raises(ShapeError, match=rf"down must be \(r, 12\) and up \(r, 8\), got {found}"):
+            paro.int4_linear(*args)
+    args = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda tensor: tensor.to(device), (*siblings_args([case, case], shared=True), 4)
+    )
+    with pytest.raises(ShapeError, match=r"down and up must both be None or lists of 2, got lengths \[1, 2\]"):
+        paro.rotate_int4_siblings(*args, [down.to(device)], [up.to(device)] * 2)
+
+
 def test_linears_refuse_codes_of_another_width():
     case = RotateLinearCase(batch=(5,), groups=2, group_size=6, krot=1, words=2, bits=8)
     message = r"must hold codes of 4 bits, got \(12, 2\) and \(2, 8\): 8 bits"

@@ -45,7 +45,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """Return the `quantization_config` of a model's `ParoLinear`s.
 
     `bits` and `group_size` are the most frequent ones; if there are others, `module_bits` and `group_sizes` list the
-    modules that have them. So what is stored in 4 bits and one group size is described as if there were nothing else.
+    modules that have them; `compensation_rank` is the highest, where there are low-rank corrections. So what is stored
+    in 4 bits and one group size is described as if there were nothing else.
 
     Raises:
         CheckpointError: if there is no `ParoLinear`, the model is one itself, or krot is not the same everywhere.
@@ -75,6 +76,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         }
     if len(widths) > 1:
         config["module_bits"] = {name: linear.bits for name, linear in linears.items() if linear.bits != bits}
+    if any(linear.compensation_rank for linear in linears.values()):
+        config["compensation_rank"] = max(linear.compensation_rank for linear in linears.values())
     return config
 
 
@@ -165,6 +168,9 @@ def why_not_quantized(quantized: Quantized, config: Mapping[str, Any]) -> list[s
             for key in found
             if stated[key] not in (None, found[key])
         ]
+        rank, highest = linear_tensors.compensation_rank(tensors), config.get("compensation_rank")
+        if highest is not None and rank > highest:
+            problems.append(f"{name}: quantization_config says compensation_rank {highest}, the tensors say {rank}")
     return problems
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from parofx import packing
+from parofx import linear_tensors, packing
 from parofx.checkpoint.layout import Quantized
 from parofx.nn import ParoLinear
 
@@ -49,6 +49,7 @@ def place(model: nn.Module, quantized: Quantized) -> None:
                 krot=tensors["pairs"].shape[0],
                 bias="bias" in tensors,
                 bits=packing.packed_bits(tensors["qweight"], tensors["scales"]),
+                compensation_rank=linear_tensors.compensation_rank(tensors),
                 device="meta",
             ).train(module.training)
         model.set_submodule(name, made[id(module)])

@@ -5,10 +5,10 @@ The operators, registered by the loaded library, are
 
     torch.ops.parofx_cpu.rotate_linear(
         Tensor x, Tensor rotation, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias,
-        int bits, int group_size, int activation_mode) -> Tensor
+        int bits, int group_size, int activation_mode, Tensor? down=None, Tensor? up=None) -> Tensor
     torch.ops.parofx_cpu.rotate_int4_linear(
         Tensor x, Tensor[] rotations, Tensor[] weights, Tensor[] scales, Tensor[] zeros, Tensor?[] biases,
-        int group_size, int activation_mode, int bits=4) -> Tensor[]
+        int group_size, int activation_mode, int bits=4, Tensor[]? down=None, Tensor[]? up=None) -> Tensor[]
 
 with `x (..., K)` in fp32, bf16 or fp16 and any strides; one output `(..., N_i)` per linear, contiguous, of x's dtype;
 `rotations` one for all linears or one for each, an empty tensor meaning none; `weights`, `scales`, `zeros` and
@@ -17,6 +17,9 @@ with `x (..., K)` in fp32, bf16 or fp16 and any strides; one output `(..., N_i)`
 rotation, which not every instruction set does for 8-bit weights. The first is for one linear, the second for siblings,
 whose codes have one width: lists take longer to pass than tensors. They have no gradient: that is the business of
 `parofx::rotate_int4_linear`.
+
+`down (r, K)` and `up (r, N)`, fp16, are a low-rank correction: `(x_rot · downᵀ) · up` is added, computed in fp32 from
+the rotated activations before these are quantized.
 
 Where activations are multiplied "as they are", one row of bf16 and any number of rows of fp16 and fp32 are held as
 24-bit integers per (row, group) on the AVX512_BF16 and AMX paths: at most 2^-24 of the group's largest value is lost.
@@ -165,6 +168,8 @@ def _fake_rotate_linear(
     bits: int,
     group_size: int,
     activation_mode: int,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -179,5 +184,7 @@ def _fake_rotate_int4_linear(
     group_size: int,
     activation_mode: int,
     bits: int = 4,
+    down: list[Tensor] | None = None,
+    up: list[Tensor] | None = None,
 ) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]

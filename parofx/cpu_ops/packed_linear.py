@@ -1,7 +1,7 @@
 """A linear held in the CPU kernels' layout: its operators, and the layout `ParoLinear` knows.
 
-    rotate_int4_cpu_linear(x, rotation, theta, weight, scales, zeros, bias, g, bits)
-        = rotate_int4_linear(x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, g, bits)
+    rotate_int4_cpu_linear(x, rotation, theta, weight, scales, zeros, bias, g, bits, down, up)
+        = rotate_int4_linear(x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, g, bits, down, up)
       where qweight, qzeros, scales = unpack_cpu_weight(weight, scales, zeros, bits)
             pairs, channel_scales   = unpack_cpu_rotation(rotation, theta, g)
 
@@ -80,14 +80,16 @@ def rotate_int4_cpu_linear(
     bias: Tensor | None,
     group_size: int,
     bits: int = 4,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """Return `rotate_int4_linear` of the tensors that these are packed from, `(…, N)`, in `x`'s dtype."""
     if _kernels_serve(x):
-        return _run_kernels(x, rotation, weight, scales, zeros, bias, group_size, bits)
+        return _run_kernels(x, rotation, weight, scales, zeros, bias, group_size, bits, down, up)
     qweight, qzeros, unpacked = torch.ops.parofx.unpack_cpu_weight(weight, scales, zeros, bits)
     pairs, channel_scales = torch.ops.parofx.unpack_cpu_rotation(rotation, theta, group_size)
     result: Tensor = torch.ops.parofx.rotate_int4_linear(
-        x, pairs, theta, channel_scales, qweight, qzeros, unpacked, bias, group_size, bits
+        x, pairs, theta, channel_scales, qweight, qzeros, unpacked, bias, group_size, bits, down, up
     )
     return result
 
@@ -103,24 +105,26 @@ def _(
     bias: Tensor | None,
     group_size: int,
     bits: int = 4,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, bias, ctx.group_size, ctx.bits = inputs
+    *tensors, bias, ctx.group_size, ctx.bits, down, up = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, down, up)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, rotation, theta, *packed = ctx.saved_tensors
+    x, rotation, theta, *packed, down, up = ctx.saved_tensors
     unpacked = torch.ops.parofx.unpack_cpu_weight(*packed, ctx.bits)
     pairs, channel_scales = torch.ops.parofx.unpack_cpu_rotation(rotation, theta, ctx.group_size)
-    grad_rotated = torch.ops.parofx.int4_linear_backward(grad, *unpacked)
+    grad_rotated = torch.ops.parofx.int4_linear_backward(grad, *unpacked, down, up)
     grads = torch.ops.parofx.rotate_backward(grad_rotated, x, pairs, theta, channel_scales, ctx.group_size)
     grad_bias = None if ctx.bias_dtype is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grads[0], None, None, None, None, None, grad_bias, None, None
+    return grads[0], None, None, None, None, None, grad_bias, *[None] * 4
 
 
 rotate_int4_cpu_linear.register_autograd(_differentiate, setup_context=_save)
@@ -140,10 +144,12 @@ def _run_kernels(
     bias: Tensor | None,
     group_size: int,
     bits: int,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
     activations: Activations = "float",
 ) -> Tensor:
     result: Tensor = torch.ops.parofx_cpu.rotate_linear.default(
-        x, rotation, weight, scales, zeros, bias, bits, group_size, ACTIVATION_MODES[activations]
+        x, rotation, weight, scales, zeros, bias, bits, group_size, ACTIVATION_MODES[activations], down, up
     )
     return result
 
@@ -223,10 +229,11 @@ class CpuLayout:
         Raises:
             LoweringError: if activations are to be quantized, and `x` requires a gradient or is not for the kernels.
         """
-        rotation, theta, weight = packed["cpu_rotation"], packed["cpu_theta"], packed["cpu_weight"]
-        scales, zeros = packed["cpu_scales"], packed["cpu_zeros"]
+        weight = (packed["cpu_weight"], packed["cpu_scales"], packed["cpu_zeros"])
+        correction = packed.get("compensation_down"), packed.get("compensation_up")
+        arguments = (packed["cpu_rotation"], *weight, bias, group_size, bits, *correction)
         if eager_activations == "int8" and not torch.compiler.is_compiling():
-            return _run_kernels(_quantizable(x), rotation, weight, scales, zeros, bias, group_size, bits, "int8")
+            return _run_kernels(_quantizable(x), *arguments, "int8")
         # Outside of graphs, with no gradient to record and nothing to cast, the kernel is called directly.
         direct = not (
             torch.compiler.is_compiling()
@@ -234,9 +241,9 @@ class CpuLayout:
             or torch.is_autocast_enabled("cpu")
         )
         if direct and _kernels_serve(x):
-            return _run_kernels(x, rotation, weight, scales, zeros, bias, group_size, bits)
+            return _run_kernels(x, *arguments)
         result: Tensor = torch.ops.parofx.rotate_int4_cpu_linear(
-            x, rotation, theta, weight, scales, zeros, bias, group_size, *ops.stated_bits(bits)
+            x, packed["cpu_rotation"], packed["cpu_theta"], *weight, bias, group_size, *ops.stated(bits, *correction)
         )
         return result
 

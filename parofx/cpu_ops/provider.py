@@ -14,7 +14,7 @@ from parofx import cpu_ops
 from parofx.cpu_ops.layout import GROUP_SIZES, pack_rotation, place_together
 from parofx.cpu_ops.layouts import PACK
 from parofx.cpu_ops.packed_linear import ACTIVATION_MODES, DTYPES
-from parofx.ops import stated_bits
+from parofx.ops import stated
 from parofx.passes.layouts import packed_rotation, packed_weight
 
 if TYPE_CHECKING:
@@ -47,16 +47,19 @@ class CpuProvider:
         rotations = [self._rotation(call, *nodes) for nodes in call.rotations]
         weights = [self._weight(call, nodes) for nodes in call.weights]
         mode = ACTIVATION_MODES[call.activations]
+        down, up = call.corrections or (None, None)
         if len(weights) == 1:
+            correction = () if down is None or up is None else (down[0], up[0])
             # An operator without lists, which take longer to pass than the rest of a call.
-            one: tuple[Any, ...] = (call.x, rotations[0], *weights[0], call.biases[0], call.bits, call.group_size, mode)
+            sizes = (call.bits, call.group_size, mode)
+            one: tuple[Any, ...] = (call.x, rotations[0], *weights[0], call.biases[0], *sizes, *correction)
             output = graph.call_function(torch.ops.parofx_cpu.rotate_linear.default, one)
             output.meta = dict(call.node.meta)
             return [output]
         if all(packed_weight(nodes) is not None for nodes in call.weights):
             call.place_together(weights, place_together)
         packed: list[Any] = [[weight[index] for weight in weights] for index in range(3)]
-        args = (call.x, rotations, *packed, list(call.biases), call.group_size, mode, *stated_bits(call.bits))
+        args = (call.x, rotations, *packed, list(call.biases), call.group_size, mode, *stated(call.bits, down, up))
         merged = graph.call_function(torch.ops.parofx_cpu.rotate_int4_linear.default, args)
         merged.meta = dict(call.node.meta)
         return [graph.call_function(operator.getitem, (merged, index)) for index in range(len(weights))]

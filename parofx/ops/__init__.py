@@ -16,20 +16,27 @@ and round once. Under autocast the linears cast `x`, as `F.linear` does.
 | `int4_siblings(x[], qweight[], …)` | one output per linear that reads a rotated `x` |
 
 "int4" is in their names from when there was no other width: `bits` 3, 4 or 8 says what the codes have. A graph states
-it only where it is not 4.
+it only where it is not 4. Behind it may stand `down (r, K)` and `up (r, N)`, a low-rank correction of the weight.
 """
 
 from __future__ import annotations
 
 from parofx.ops.autocast import cast_activation
-from parofx.ops.linear import DEFAULT_BITS, int4_linear, int4_linear_backward, rotate_int4_linear, stated_bits
+from parofx.ops.linear import DEFAULT_BITS, int4_linear, int4_linear_backward, rotate_int4_linear, stated, stated_bits
 from parofx.ops.producers import int4_siblings, rmsnorm_rotate, silu_mul_rotate
 from parofx.ops.rounding import fake_quantize, fake_quantize_backward
-from parofx.ops.siblings import differentiate_siblings, rotate_int4_siblings, save_siblings, spread_bias
+from parofx.ops.siblings import (
+    SIBLINGS_SCHEMA,
+    differentiate_siblings,
+    rotate_int4_siblings,
+    save_siblings,
+    spread_bias,
+)
 from parofx.ops.transform import rotate, rotate_backward
 
 __all__ = [
     "DEFAULT_BITS",
+    "SIBLINGS_SCHEMA",
     "cast_activation",
     "differentiate_siblings",
     "fake_quantize",
@@ -45,5 +52,6 @@ __all__ = [
     "save_siblings",
     "silu_mul_rotate",
     "spread_bias",
+    "stated",
     "stated_bits",
 ]

@@ -2,6 +2,8 @@
 
 linear(rotate(x, P, θ, c), fake_quantize(rotate(W, P, θ, 1/c), s, z), b)
     →   int4_linear(rotate(x, P, θ, c), qweight, qzeros, scales, b)
+
+A low-rank correction of the fake-quantized weight (`passes.compensation`) becomes arguments of the packed linear.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch.fx import GraphModule, Node
 from parofx import affine, packing
 from parofx.calibration.fitting import rotate_weight
 from parofx.errors import PassError
-from parofx.ops import stated_bits
+from parofx.linear_tensors import COMPENSATION_NAMES
+from parofx.ops import stated
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.derived import derived
 from parofx.passes.graph import INT4_LINEAR, binding, buffer_node, remove_dead_code
@@ -74,6 +77,9 @@ def why_not(gm: GraphModule, linear: TransformedLinear) -> str | None:
         return "its grid is empty; run calibrate first"
     if not torch.equal(scales, scales.half().float()) or not torch.equal(zeros, zeros.round()):
         return "its scales must be fp16 values and its zeros integers"
+    halves = linear.correction(gm) or ()
+    if not all(bool(torch.isfinite(half).all()) for half in halves):
+        return "its low-rank correction must be finite in fp16"
     return None
 
 
@@ -89,6 +95,8 @@ def rewrite(
             buffer_node(gm, f"{linear.name}.{name}", tensor)
             for name, tensor in zip(("qweight", "qzeros", "scales"), packed, strict=True)
         ]
+        halves = zip(COMPENSATION_NAMES, linear.correction(gm) or (), strict=False)
+        down, up = (*(buffer_node(gm, f"{linear.name}.{name}", half) for name, half in halves), None, None)[:2]
     biases: dict[Node, Node] = {}
     for call in linear.calls:
         bias = call.args[2] if len(call.args) > 2 else None
@@ -96,7 +104,8 @@ def rewrite(
             biases[bias] = _half_bias(gm, linear, call, bias, len(biases))
         with gm.graph.inserting_before(call):
             bias = biases[bias] if isinstance(bias, Node) else None
-            arguments = (call.args[0], *nodes, bias, transform.group_size, *stated_bits(linear.bits))
+            trailing = stated(linear.bits, down, up)
+            arguments = (call.args[0], *nodes, bias, transform.group_size, *trailing)
             node = gm.graph.call_function(INT4_LINEAR, arguments)
         node.meta = {**call.meta, "parofx_linear": linear.name}
         call.replace_all_uses_with(node)

@@ -30,6 +30,7 @@ from parofx.passes.graph import (
     SILU_MUL_ROTATE,
     binding,
     bits_of,
+    correction_of,
     erase_unused,
     inherit_meta,
     nodes_calling,
@@ -103,6 +104,8 @@ def why_not(node: Node, producer: RmsNorm | SiluMul | None, written: set[int]) -
     assert isinstance(source, Node)
     if bits_of(node) != 4:
         return f"its weights have {bits_of(node)} bits; behind a fused producer are only linears of 4"
+    if correction_of(node) is not None:
+        return "its weights have low-rank corrections; behind a fused producer are only linears without"
     if producer is None:
         return f"its input {source.name} is neither RMSNorm nor SiLU·mul"
     if {user for user in source.users if user.target is not _ASSERT} != {node}:

@@ -184,6 +184,12 @@ def bits_of(node: Node) -> int:
     return bits
 
 
+def correction_of(node: Node) -> tuple[Any, Any] | None:
+    """Return the low-rank correction `(down, up)` of a packed linear, or those of a merged call, or None."""
+    down, up = (*node.args[_BITS_ARGUMENT[node.target] + 1 :], None, None)[:2]  # type: ignore[index]
+    return None if down is None else (down, up)
+
+
 def inherit_meta(node: Node, source: Node) -> Node:
     """Give a new node the provenance of the one it stands for."""
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):

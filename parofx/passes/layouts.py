@@ -32,11 +32,11 @@ def expand(gm: GraphModule) -> int:
     """Rewrite linears on kernel layouts to semantic ones on unpacked tensors; return how many."""
     nodes = nodes_calling(gm.graph, ROTATE_INT4_CPU_LINEAR)
     for node in nodes:
-        x, rotation, theta, weight, scales, zeros, bias, group_size, *bits = node.args
+        x, rotation, theta, weight, scales, zeros, bias, group_size, *rest = node.args
         with gm.graph.inserting_before(node):
-            packed = _unpacked(gm, UNPACK_WEIGHT, (weight, scales, zeros, *bits), 3)
+            packed = _unpacked(gm, UNPACK_WEIGHT, (weight, scales, zeros, *rest[:1]), 3)
             pairs, channel_scales = _unpacked(gm, UNPACK_ROTATION, (rotation, theta, group_size), 2)
-            args = (x, pairs, theta, channel_scales, *packed, bias, group_size, *bits)
+            args = (x, pairs, theta, channel_scales, *packed, bias, group_size, *rest)
             linear = gm.graph.call_function(ROTATE_INT4_LINEAR, args)
         linear.meta = dict(node.meta)
         node.replace_all_uses_with(linear)

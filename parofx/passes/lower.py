@@ -20,7 +20,15 @@ from parofx.config import Activations
 from parofx.errors import LoweringError, one_per_line
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.fused_calls import choose_fusing, fused_call, replace_total
-from parofx.passes.graph import INT4_SIBLINGS, ROTATE_INT4_SIBLINGS, SEMANTIC, bits_of, nodes_calling, remove_dead_code
+from parofx.passes.graph import (
+    INT4_SIBLINGS,
+    ROTATE_INT4_SIBLINGS,
+    SEMANTIC,
+    bits_of,
+    correction_of,
+    nodes_calling,
+    remove_dead_code,
+)
 
 
 @register
@@ -112,6 +120,7 @@ def sibling_call(
     value = x.meta.get("val")
     assert isinstance(value, Tensor), f"{x.name} has no example value"
     present = iter(_nodes(bias))
+    correction = correction_of(node)
     rows = value.shape[:-1].numel() if all(isinstance(size, int) for size in value.shape[:-1]) else None
     assert isinstance(group_size, int)
     assert isinstance(has_bias, Sequence)
@@ -127,6 +136,7 @@ def sibling_call(
         biases=tuple(next(present) if has else None for has in has_bias),
         group_size=group_size,
         bits=bits_of(node),
+        corrections=None if correction is None else (tuple(_nodes(correction[0])), tuple(_nodes(correction[1]))),
         activations=activations,
     )
 

@@ -3,10 +3,10 @@
     int4_linear(rotate(x, …), W₁, b₁), int4_linear(rotate(x, …), W₂, b₂)
         →   rotate_int4_siblings(x, rotations, [W₁, W₂], [b₁, b₂])
 
-Siblings are linears of one block whose codes have one width. Where they read the same `rotate` node, that is, share a
-rotation, the call holds one rotation; where each has its own, one for each. Where only some share, these have a call of
-their own, so that no rotation is computed twice. A linear without siblings becomes a call with lists of one, so that
-lowering knows a single form.
+Siblings are linears of one block whose codes have one width, all with a low-rank correction or none. Where they read
+the same `rotate` node, that is, share a rotation, the call holds one rotation; where each has its own, one for each.
+Where only some share, these have a call of their own, so that no rotation is computed twice. A linear without siblings
+becomes a call with lists of one, so that lowering knows a single form.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
-from parofx.ops import stated_bits
+from parofx.ops import stated
 from parofx.passes.base import PassReport, Stage, register
 from parofx.passes.blocks import block_of, find_blocks
 from parofx.passes.graph import (
@@ -25,6 +25,7 @@ from parofx.passes.graph import (
     ROTATE,
     ROTATE_INT4_SIBLINGS,
     bits_of,
+    correction_of,
     erase_unused,
     inherit_meta,
     nodes_calling,
@@ -52,7 +53,8 @@ class MergeSiblings:
             if reason is not None:
                 report.skipped.append((node.name, reason))
                 continue
-            key = (_rotation(node).args[0], node.args[5], bits_of(node), block_of(node, blocks))
+            corrected = correction_of(node) is not None
+            key = (_rotation(node).args[0], node.args[5], bits_of(node), corrected, block_of(node, blocks))
             sets.setdefault(key, []).append(node)
         for members in sets.values():
             calls = [one for part in _available_together(members, order) for one in _by_rotation(part)]
@@ -106,7 +108,8 @@ def _by_rotation(members: list[Node]) -> list[list[Node]]:
 
 def _tensors(node: Node) -> list[Node]:
     rotation = _rotation(node)
-    return [source for source in (*rotation.args[1:4], *node.args[1:5]) if isinstance(source, Node)]
+    sources = (*rotation.args[1:4], *node.args[1:5], *(correction_of(node) or ()))
+    return [source for source in sources if isinstance(source, Node)]
 
 
 def _is_constant(node: Node) -> bool:
@@ -135,6 +138,9 @@ def _merge(gm: GraphModule, members: list[Node], order: dict[Node, float]) -> No
         _move_before(source, first, order)
     x, group_size = rotations[0].args[0], first.args[5]
     biases = [member.args[4] for member in members]
+    # All of them have one, or none.
+    corrections = [correction_of(member) or (None, None) for member in members]
+    down, up = (None if None in halves else list(halves) for halves in zip(*corrections, strict=True))
     args = (
         x,
         *([rotation.args[index] for rotation in rotations] for index in (1, 2, 3)),
@@ -142,7 +148,7 @@ def _merge(gm: GraphModule, members: list[Node], order: dict[Node, float]) -> No
         [bias for bias in biases if bias is not None],
         [bias is not None for bias in biases],
         group_size,
-        *stated_bits(bits_of(first)),
+        *stated(bits_of(first), down, up),
     )
     with gm.graph.inserting_before(first):
         merged = gm.graph.call_function(ROTATE_INT4_SIBLINGS, args)

@@ -10,7 +10,8 @@ from torch.fx import GraphModule, Node
 
 from parofx.calibration.fitting import FittedTransform
 from parofx.passes.blocks import block_of
-from parofx.passes.graph import FAKE_QUANTIZE, ROTATE, TRANSPOSE, binding, get_attribute, nodes_calling, set_buffer
+from parofx.passes.compensation import correction, quantized_weight
+from parofx.passes.graph import ROTATE, TRANSPOSE, binding, get_attribute, nodes_calling, set_buffer
 from parofx.report import TransformReport
 
 
@@ -34,6 +35,10 @@ class TransformedLinear:
         bits = self.fake_quantize.args[3]
         assert isinstance(bits, int)
         return bits
+
+    def correction(self, gm: GraphModule) -> tuple[Tensor, Tensor] | None:
+        """Return `(down (r, K), up (r, N))`, fp16, that is added to its fake-quantized weight, or None."""
+        return correction(gm, self.calls[0].args[1])
 
     @property
     def parameter(self) -> Tensor:
@@ -148,8 +153,8 @@ def find_transforms(gm: GraphModule) -> list[Transform]:
         weights: dict[Node, list[Node]] = {}
         for rotated in transform.inputs:
             for call in rotated.users:
-                source = call.args[1]
-                if isinstance(source, Node) and source.target is FAKE_QUANTIZE:
+                source = quantized_weight(call.args[1])
+                if source is not None:
                     weights.setdefault(source, []).append(call)
         for fake_quantize, calls in weights.items():
             bits = fake_quantize.args[3]

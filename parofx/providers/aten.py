@@ -98,6 +98,8 @@ class AtenProvider:
             return f"device {call.device.type} is not cpu"
         if call.bits != 4:
             return f"weights have {call.bits} bits; the product knows 4"
+        if call.corrections:
+            return "weights have low-rank corrections, which the product does not add"
         if call.activations != "float":
             return f"it does not quantize activations to {call.activations}"
         if call.dtype != torch.bfloat16:

@@ -24,8 +24,9 @@ class SiblingCall:
     The nodes stand for the checkpoint's tensors. Where a module holds a kernel's layout they are outputs of a
     conversion; a provider of that layout reads what they were converted from (`passes.layouts`), any other need not
     know. `rotations` holds `(pairs, theta, channel_scales)` once, or per linear; `weights` `(qweight, qzeros, scales)`
-    and `biases` are per linear; all codes have `bits` bits. `rows` is M, or None where it is dynamic. With
-    `activations` `"int8"`, rotated activations are quantized per (row, group) before they are multiplied.
+    and `biases` are per linear. All codes have `bits` bits, and all linears have low-rank `corrections`, `down` of each
+    and `up` of each, or none has. `rows` is M, or None where it is dynamic. With `activations` `"int8"`, rotated
+    activations are quantized per (row, group) before they are multiplied.
     """
 
     gm: GraphModule
@@ -39,6 +40,7 @@ class SiblingCall:
     biases: tuple[Node | None, ...]
     group_size: int
     bits: int = 4
+    corrections: tuple[tuple[Node, ...], tuple[Node, ...]] | None = None
     activations: Activations = "float"
 
     @property
@@ -53,7 +55,7 @@ class SiblingCall:
 
     def is_bound(self) -> bool:
         """Say whether every packed tensor is known when the graph is lowered."""
-        nodes = [node for group in (*self.rotations, *self.weights) for node in group]
+        nodes = [node for group in (*self.rotations, *self.weights, *(self.corrections or ())) for node in group]
         return all(binding(root) is not None for node in nodes for root in roots(node))
 
     def tensor(self, node: Node) -> Tensor:

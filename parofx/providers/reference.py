@@ -14,7 +14,7 @@ from parofx.providers.base import SiblingCall
 from parofx.providers.fusing import FusedCall, unfuse
 
 
-@torch.library.custom_op("parofx::reference_int4_siblings", mutates_args=())
+@torch.library.custom_op("parofx::reference_int4_siblings", mutates_args=(), schema=ops.SIBLINGS_SCHEMA)
 def reference_int4_siblings(
     x: Tensor,
     pairs: Sequence[Tensor],
@@ -27,10 +27,12 @@ def reference_int4_siblings(
     has_bias: Sequence[bool],
     group_size: int,
     bits: int = 4,
+    down: Sequence[Tensor] | None = None,
+    up: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Compute what `rotate_int4_siblings` means, in a lowered graph."""
     return ops.rotate_int4_siblings(  # type: ignore[no-any-return]
-        x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size, bits
+        x, pairs, theta, channel_scales, qweight, qzeros, scales, bias, has_bias, group_size, bits, down, up
     )
 
 
@@ -47,6 +49,8 @@ def _(
     has_bias: Sequence[bool],
     group_size: int,
     bits: int = 4,
+    down: Sequence[Tensor] | None = None,
+    up: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], scale.shape[1])) for scale in scales]
 

@@ -34,6 +34,8 @@ class TritonProvider:
             return f"{call.dtype} is not one of {_DTYPES}"
         if call.bits != 4:
             return f"weights have {call.bits} bits; the kernels know 4"
+        if call.corrections:
+            return "weights have low-rank corrections, which the kernels do not add"
         if call.activations != "float":
             return f"activations are {call.activations}; the kernels multiply them as they are"
         if not call.is_bound():

@@ -137,6 +137,15 @@ def test_bits_come_from_the_tensors_and_may_not_be_contradicted():
     ]
 
 
+def test_a_correction_of_higher_rank_than_stated_is_named():
+    linear = ParoLinear(64, 32, group_size=32, krot=2, bias=False, compensation_rank=3)
+    modules = quantized() | {"more": dict(linear.state_dict())}
+    assert layout.why_not_quantized(modules, {"compensation_rank": 3}) == []
+    assert layout.why_not_quantized(modules, {"compensation_rank": 2}) == [
+        "more: quantization_config says compensation_rank 2, the tensors say 3"
+    ]
+
+
 def test_every_contradictory_module_is_named():
     tensors = quantized()
     del tensors["a"]["theta"]

@@ -110,15 +110,19 @@ def test_files_hold_the_public_layout(saved):
 def test_other_widths_are_listed_and_round_trip(tmp_path):
     model = round_model(net(), group_size=lambda name: 32 if name != "out" else 8, bits={"q": 4, "k": 8, "out": 3}.get)
     assert [linear.bits for linear in (model.q, model.k, model.out)] == [4, 8, 3]
+    halves = {f"compensation_{half}": torch.randn(2, size).half() for half, size in (("down", 64), ("up", 24))}
+    model.k = ParoLinear.from_tensors(dict(model.k.state_dict()) | halves)
     save_pretrained(model, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
     assert config["bits"] == 4, "plain 4-bit modules stay as any reader expects them"
     assert config["module_bits"] == {"k": 8, "out": 3}
+    assert config["compensation_rank"] == 2
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     assert [tuple(tensors[f"{name}.qweight"].shape) for name in ("q", "k", "out")] == [(64, 2), (64, 6), (40, 6)]
     loaded = load_pretrained(tmp_path / "model", model=net(seed=1))
     assert torch.equal(loaded(TOKENS), model(TOKENS))
     assert "bits=3" in repr(loaded.out)
+    assert (loaded.k.compensation_rank, loaded.out.compensation_rank) == (2, 0)
     assert loaded.out.packed_bytes() == sum(t.nbytes for t in loaded.out.state_dict().values())
 
 

@@ -24,12 +24,13 @@ class Rotation:
 
 @dataclass
 class Linear:
-    """Plain codes `(K, N)`, zeros and scales `(G, N)`, bias `(N,)` or None."""
+    """Plain codes `(K, N)`, zeros and scales `(G, N)`, perhaps a bias `(N,)` and a correction `(r, K)`, `(r, N)`."""
 
     codes: Tensor
     zeros: Tensor
     scales: Tensor
     bias: Tensor | None
+    correction: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -60,10 +61,14 @@ class Problem:
         """The operator for so many linears, and its arguments."""
         cpu_ops.load()
         packed = self.packed()
+        halves = [each.correction for each in self.linears if each.correction is not None]
         if len(self.linears) > 1:
-            return torch.ops.parofx_cpu.rotate_int4_linear.default, (x, *packed, self.group_size, mode, self.bits)
+            corrections = [list(half) for half in zip(*halves, strict=True)]
+            arguments = (x, *packed, self.group_size, mode, self.bits, *corrections)
+            return torch.ops.parofx_cpu.rotate_int4_linear.default, arguments
         alone = [each[0] for each in packed]
-        return torch.ops.parofx_cpu.rotate_linear.default, (x, *alone, self.bits, self.group_size, mode)
+        rest = (self.bits, self.group_size, mode, *(halves[0] if halves else ()))
+        return torch.ops.parofx_cpu.rotate_linear.default, (x, *alone, *rest)
 
     def run(self, x: Tensor, mode: int = 0) -> list[Tensor]:
         op, arguments = self.call(x, mode)
@@ -115,7 +120,12 @@ class Problem:
         by_group = v.unflatten(-1, (groups, self.group_size))
         norms = by_group.norm(dim=-1, keepdim=True).expand_as(by_group).flatten(-2) / self.group_size**0.5
         codes = (linear.codes.double() + zeros) * scales
-        allowed = 24 * UNIT[torch.float32] * ((v.abs() + norms) @ codes + bias.abs())
+        sums = (v.abs() + norms) @ codes + bias.abs()
+        if linear.correction is not None:
+            down, up = (half.double() for half in linear.correction)
+            expected = expected + v @ down.t() @ up
+            sums = sums + (v.abs() + norms) @ down.t().abs() @ up.abs()
+        allowed = 24 * UNIT[torch.float32] * sums
         if mode == 1:
             peak = by_group.abs().amax(-1, keepdim=True).expand_as(by_group).flatten(-2)
             allowed = allowed + 1.001 * (peak / 254) @ weight.abs()
@@ -135,8 +145,12 @@ def make_problem(
     bias: torch.dtype | None = None,
     seed: int = 0,
     bits: int = 4,
+    ranks: tuple[int, ...] = (),
 ) -> Problem:
-    """A random problem; `krot` None leaves the rotation out, `bias` goes to every second linear."""
+    """A random problem; `krot` None leaves the rotation out, `bias` goes to every second linear.
+
+    Corrections have the `ranks` in turn, unless there are none.
+    """
     random = torch.Generator().manual_seed(seed)
     groups = in_features // group_size
     linears = []
@@ -145,7 +159,9 @@ def make_problem(
         zeros = torch.randint(0, 2**bits, (groups, columns), generator=random, dtype=torch.uint8)
         scales = (0.002 + 0.01 * torch.rand(groups, columns, generator=random)).half()
         chosen = torch.randn(columns, generator=random).to(bias) if bias is not None and i % 2 == 0 else None
-        linears.append(Linear(codes, zeros, scales, chosen))
+        rank = ranks[i % len(ranks)] if ranks else 0
+        halves = [(0.2 * torch.randn(rank, size, generator=random)).half() for size in (in_features, columns)]
+        linears.append(Linear(codes, zeros, scales, chosen, (halves[0], halves[1]) if ranks else None))
     if krot is None:
         return Problem(linears, None, in_features, group_size, bits)
     count = len(out_features) if separate else 1

@@ -24,7 +24,7 @@ std::vector<T> random_values(size_t count, int limit) {
 
 struct Tensors {
   std::vector<uint8_t> weight, zeros;
-  std::vector<uint16_t> scales, bias, y;
+  std::vector<uint16_t> scales, bias, down, up, y;
 };
 
 // The blob of `rounds` rounds whose sources are rotations by one place, with cos = 0.6 and sin = 0.8.
@@ -79,6 +79,10 @@ std::vector<float> run(
     tensors.zeros = random_values<uint8_t>(columns * groups, 1 << bits);
     tensors.scales.assign(columns * groups, parofx::float_to_f16(bits == 8 ? 0.000625f : 0.01f));
     tensors.bias.assign(columns, parofx::float_to_f16(0.25f));
+    // The second of siblings has no correction.
+    const int rank = i == 1 ? 0 : 5;
+    tensors.down.assign(rank * in_features, parofx::float_to_f16(0.01f));
+    tensors.up.assign(rank * columns, parofx::float_to_f16(0.5f));
     tensors.y.assign(rows * columns, 0xffff);
     parofx::Linear linear{};
     linear.weight = tensors.weight.data();
@@ -86,6 +90,9 @@ std::vector<float> run(
     linear.scales = tensors.scales.data();
     linear.bias = i == 1 ? nullptr : tensors.bias.data();
     linear.bias_dtype = parofx::DType::f16;
+    linear.down = tensors.down.data();
+    linear.up = tensors.up.data();
+    linear.rank = rank;
     linear.out_features = columns;
     linear.rotation = i;
     linear.y = tensors.y.data();

@@ -25,7 +25,8 @@ each_operator = pytest.mark.parametrize(
 @each_operator
 def test_opcheck(out_features: tuple[int, ...], bits: int) -> None:
     for krot, bias in ((2, torch.float16), (None, None)):
-        problem = make_problem(128, out_features, 32, krot, separate=True, bias=bias, bits=bits)
+        ranks = (3,) if bias is None else ()
+        problem = make_problem(128, out_features, 32, krot, separate=True, bias=bias, bits=bits, ranks=ranks)
         for x in (torch.randn(0, 128), torch.randn(128), torch.randn(5, 128).half()):
             torch.library.opcheck(*problem.call(x))
         torch.library.opcheck(*problem.call(torch.randn(2, 3, 128).bfloat16(), mode=1))
@@ -70,7 +71,7 @@ def test_two_python_threads_at_once(out_features: tuple[int, ...], bits: int) ->
 
 @each_operator
 def test_ten_thousand_calls_leak_nothing(out_features: tuple[int, ...], bits: int) -> None:
-    problem = make_problem(256, out_features, 64, 2, separate=True, bias=torch.float16, bits=bits)
+    problem = make_problem(256, out_features, 64, 2, separate=True, bias=torch.float16, bits=bits, ranks=(2,))
     op, arguments = problem.call(torch.randn(2, 256).t().contiguous().t())
 
     def resident_kib() -> int:
@@ -107,9 +108,18 @@ BAD_SIBLINGS: dict[str, Callable[[list[Any]], list[Any]]] = {
     ],
     "bias must be float32": lambda a: [*a[:5], [torch.zeros(40).int(), None], *a[6:]],
 }  # fmt: skip
+ONE, TWO = torch.zeros(1, 128).half(), [torch.zeros(1, 128).half()] * 2
+BAD_SIBLINGS |= {
+    r"down and up must both be None or have one entry per linear, of 2": lambda a: [*a, TWO],
+    r"have one entry per linear, of 2$": lambda a: [*a, TWO, TWO[:1]],
+    r"down\[0\] must have shape \(1, 128\)": lambda a: [*a, [ONE[:, :8].contiguous()] * 2, TWO],
+    r"up\[0\] must have shape \(1, 40\)": lambda a: [*a, TWO, TWO],
+}
 BAD_LINEAR: dict[str, Callable[[list[Any]], list[Any]]] = {
     "bits must be 3, 4 or 8, got 5": lambda a: [*a[:6], 5, 64, 0],
     r"weights\[0\] must have shape \(40, 128\)": lambda a: [*a[:6], 8, 64, 0],
+    "a correction needs both down and up, got one for linear 0": lambda a: [*a, ONE],
+    "down and up must be contiguous CPU tensors of Half, got Float": lambda a: [*a, ONE.float(), ONE],
     r"rotations\[0\] has 7 bytes": lambda a: [a[0], torch.zeros(7, dtype=torch.uint8), *a[2:]],
     r"zeros\[0\] must have shape \(40, 2\)": lambda a: [*a[:4], a[4][:, :1].contiguous(), *a[5:]],
 }

@@ -43,6 +43,7 @@ def problems(draw: st.DrawFn) -> Problem:
         bias=draw(st.sampled_from((None, *DTYPES))),
         seed=draw(st.integers(0, 2**16)),
         bits=draw(st.sampled_from((4, 3, 8))),
+        ranks=draw(st.sampled_from(((), (), (1,), (3, 8), (0, 5)))),
     )
 
 
@@ -66,7 +67,8 @@ def test_matches_fp64(problem: Problem, rows: int, dtype: torch.dtype, mode: int
 @pytest.mark.parametrize("rows", [1, 8, 300])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_matches_fp64_at_larger_shapes(dtype: torch.dtype, mode: int, rows: int, bits: int) -> None:
-    problem = make_problem(512, (200,) if bits == 8 else (128, 72), 128, 8, bias=torch.float16, bits=bits)
+    ranks = (8, 3) if rows == 8 else ()
+    problem = make_problem(512, (200,) if bits == 8 else (128, 72), 128, 8, bias=torch.float16, bits=bits, ranks=ranks)
     x = torch.randn(rows, 512).to(dtype)
     problem.check(x, problem.run(x, mode), mode)
 
@@ -114,7 +116,7 @@ def test_concatenated_siblings_are_the_merged_linear() -> None:
 def test_the_thread_count_changes_nothing_but_rounding(
     rows: int, mode: int, out_features: tuple[int, ...], bits: int
 ) -> None:
-    problem = make_problem(512, out_features, 128, 8, bits=bits)
+    problem = make_problem(512, out_features, 128, 8, bits=bits, ranks=(4,))
     x = torch.randn(rows, 512)
     outputs = []
     for threads in (1, 2, 3):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from parofx.errors import PassError
-from parofx.passes import Convert, InsertTransforms, Stage, census, stage_of
+from parofx.passes import Convert, InsertTransforms, Lower, MergeSiblings, Stage, census, stage_of
 from parofx.passes.graph import (
     FAKE_QUANTIZE,
     INT4_LINEAR,
@@ -24,6 +24,7 @@ from parofx.passes.graph import (
     nodes_calling,
 )
 from parofx.passes.transforms import find_transforms
+from parofx.pipeline import Pipeline
 
 
 def calibrated(model: Any, *inputs: Tensor, door: str = "export", bits: Mapping[str, int] | None = None) -> Captured:
@@ -70,6 +71,43 @@ def test_each_linear_has_the_width_its_fake_quantize_says() -> None:
     assert [bits_of(node) for node in nodes] == [3, 4, 8]
     assert [len(node.args) for node in nodes] == [7, 6, 7], "a graph does not state what is the default"
     assert [get_attribute(captured.gm, node.args[1].target).shape[1] for node in nodes] == [12, 16, 16]
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("bits", [{}, {"gate": 3, "up": 3}])
+def test_corrections_become_arguments_of_one_operator(door: str, bits: Mapping[str, int]) -> None:
+    x = graphs.rows(3, 64)
+    captured = calibrated(graphs.Stack(1), x, door=door, bits=bits)
+    plain = captured(x)
+    graphs.compensate(captured.gm, {"gate": 2, "up": 5})
+    captured.gm.recompile()
+    corrected = captured(x)
+    assert graphs.relative(corrected, plain) > 1e-2
+    check(captured, x, calls=3)
+    gate, up, down = nodes_calling(captured.gm.graph, INT4_LINEAR)
+    assert [len(node.args) for node in (gate, up, down)] == [9, 9, 6]
+    names = [str(node.target).rpartition(".")[2] for node in gate.args[-2:]]
+    assert names == ["compensation_down", "compensation_up"]
+    shapes = [tuple(node.meta["val"].shape) for node in (*gate.args[-2:], *up.args[-2:])]
+    assert shapes == [(2, 64), (2, 128), (5, 64), (5, 128)]
+    for provider, ours in ((None, "parofx_cpu"), ("reference", "parofx.reference")):
+        gm = graphs.copy_of(captured.gm)
+        Pipeline([MergeSiblings(), Lower(provider=provider)]).run(gm)
+        names = [name for name in census(gm) if "getitem" not in name]
+        products = [name for name in names if "mm" in name or "linear" in name or "siblings" in name]
+        assert products, names
+        assert all(name.startswith(ours) for name in products), names
+        assert sum(census(gm)[name] for name in products) == 2, "one call for the siblings, one behind them"
+        with torch.no_grad():
+            output = gm(*captured.arguments(x))
+        assert graphs.relative(output[0] if isinstance(output, tuple) else output, corrected) < EXACT_IN_FP32
+
+
+def test_a_correction_that_fp16_cannot_hold_is_refused() -> None:
+    captured = calibrated(graphs.Stack(1), graphs.rows(3, 64))
+    graphs.compensate(captured.gm, {"down": 1}, scale=1e6)
+    with pytest.raises(PassError, match=r"0\.down cannot be converted: its low-rank correction must be finite"):
+        Convert().run(captured.gm)
 
 
 def test_no_float_weight_is_left_in_the_graph() -> None:

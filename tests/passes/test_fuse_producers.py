@@ -18,6 +18,7 @@ from parofx.passes.graph import (
     RMSNORM_ROTATE,
     ROTATE_INT4_SIBLINGS,
     SILU_MUL_ROTATE,
+    buffer_node,
     module_stack,
     nodes_calling,
     operator_name,
@@ -242,6 +243,12 @@ class TestLeftAlone:
         model = Model(lambda m, x: m.a(llama(x, m.weight)), a=graphs.linear(), weight=graphs.vector(64))
         report = fuse(merged(model, graphs.rows(3, 64), bits=8), graphs.rows(3, 64))
         assert "its weights have 8 bits" in reasons(report)[0]
+        captured = merged(model, graphs.rows(3, 64))
+        (node,) = nodes_calling(captured.gm.graph, ROTATE_INT4_SIBLINGS)
+        with captured.gm.graph.inserting_before(node):
+            halves = [buffer_node(captured.gm, f"half{i}", torch.zeros(1, 64).half()) for i in range(2)]
+        node.args = (*node.args, 4, [halves[0]], [halves[1]])
+        assert "its weights have low-rank corrections" in reasons(fuse(captured, graphs.rows(3, 64)))[0]
 
     def test_what_is_computed_from_wider_tensors(self) -> None:
         model = Model(lambda m, x: m.a(llama(x, m.weight).bfloat16()), a=graphs.linear(), weight=graphs.vector(64))

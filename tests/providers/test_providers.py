@@ -53,6 +53,7 @@ class TestChoice:
             ({"group_size": 16}, "group_size 16 is not one of (32, 64, 128)"),
             ({"activations": "int8"}, "it does not quantize activations to int8"),
             ({"bits": 8}, "weights have 8 bits; the product knows 4"),
+            ({"corrections": ((), ())}, "weights have low-rank corrections, which the product does not add"),
         ],
     )
     def test_why_not_aten(self, changes: dict[str, Any], reason: str) -> None:

@@ -125,6 +125,7 @@ def test_dynamic_rows_are_left_to_the_operator() -> None:
         ({"group_size": 16}, "group_size 16 is not one of (32, 64, 128)"),
         ({"activations": "int8"}, "activations are int8; the kernels multiply them as they are"),
         ({"bits": 3}, "weights have 3 bits; the kernels know 4"),
+        ({"corrections": ((), ())}, "weights have low-rank corrections, which the kernels do not add"),
         ({}, None),
     ],
 )

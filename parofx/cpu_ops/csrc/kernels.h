@@ -45,6 +45,14 @@ struct Activation {
   uint32_t* row(int64_t group, int64_t row) const { return words + row_index(group, row) * row_words(); }
 };
 
+// The lower half of a low-rank correction: what a linear projects rotated activations on, group by group.
+struct Projection {
+  const uint16_t* down; // fp16 [rank][K]
+  int64_t in_features;
+  int rank;
+  float* parts; // out: [G][rows][rank], the groups' shares of x · downᵀ
+};
+
 struct PrepareJob {
   const void* x; // (rows, K), unit stride along K
   int64_t row_stride;
@@ -52,6 +60,8 @@ struct PrepareJob {
   const uint8_t* rotation; // null: neither scales nor rotation
   int rounds;
   Activation out;
+  const Projection* projections; // of the linears that read this rotation
+  int projection_count;
 };
 
 // One full-width block of one linear. Narrow last blocks are copied to full width by the caller.
@@ -73,10 +83,14 @@ struct MultiplyJob {
 };
 
 struct StoreJob {
-  const float* tile; // (rows, 32)
+  float* tile; // (rows, 32); overwritten
   int64_t rows;
   int columns;       // 1..32
   const float* bias; // 32 floats
+  // The upper half of a low-rank correction, added as sums · up; none has rank 0.
+  int rank;
+  const float* sums;  // (rows, rank)
+  const uint16_t* up; // fp16 (rank, 32)
   DType dtype;
   void* y; // first element of the block's first row
   int64_t row_stride;

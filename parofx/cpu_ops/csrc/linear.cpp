@@ -1,5 +1,5 @@
-// Splits one call over threads: first rotate and convert every (rotation, group, rows) once, then, behind a barrier,
-// multiply every (rows, linear, block of 32 columns).
+// Splits one call over threads: first rotate and convert every (rotation, group, rows) once, and project it for low-rank
+// corrections, then, behind a barrier, multiply every (rows, linear, block of 32 columns).
 #include "linear.h"
 
 #include <omp.h>
@@ -53,6 +53,11 @@ struct Workspace {
   uint32_t* unpacked;
   uint8_t* nibbles;
   float* bias;
+  // The corrections' projections of the rows at hand, [rows][rank], and for which linear and panel they are.
+  float* sums;
+  const Linear* summed_linear;
+  int64_t summed_panel;
+  uint16_t* up; // [rank][32]
   // The narrow last block of a linear, widened to 32 columns.
   uint8_t* weight;
   uint16_t* scales;
@@ -66,6 +71,7 @@ class Run {
       first_block_.push_back(blocks_);
       blocks_ += ceil_div(linear.out_features, kBlockColumns);
       widest_tail_ = widest_tail_ || linear.out_features % kBlockColumns != 0;
+      highest_rank_ = std::max(highest_rank_, linear.rank);
     }
     threads_ = choose_threads(threads);
     row_panels_ = std::max<int64_t>(1, choose_row_panels());
@@ -111,6 +117,13 @@ class Run {
       activation.sum = carver.take<float>(count);
       activations_.push_back(activation);
     }
+    projections_.assign(call_.rotations.size(), {});
+    projected_.clear();
+    for (const Linear& linear : call_.linears) {
+      projected_.push_back(carver.take<float>(groups_ * call_.rows * linear.rank));
+      if (linear.rank == 0) continue;
+      projections_[linear.rotation].push_back({linear.down, call_.in_features, linear.rank, projected_.back()});
+    }
     workspaces_.clear();
     const int64_t tail = widest_tail_ ? kBlockColumns * groups_ : 0;
     for (int i = 0; i < threads_; ++i) {
@@ -119,6 +132,8 @@ class Run {
       space.unpacked = carver.take<uint32_t>(int64_t{kBlockColumns} * call_.group_size);
       space.nibbles = carver.take<uint8_t>(call_.bits == 3 ? kBlockColumns / 2 * int64_t{call_.group_size} : 0);
       space.bias = carver.take<float>(kBlockColumns);
+      space.sums = carver.take<float>(ceil_div(call_.rows, row_panels_) * highest_rank_);
+      space.up = carver.take<uint16_t>(int64_t{kBlockColumns} * highest_rank_);
       space.weight = carver.take<uint8_t>(tail * call_.group_size * call_.bits / 8);
       space.scales = carver.take<uint16_t>(tail);
       space.zeros = carver.take<uint8_t>(tail);
@@ -135,12 +150,15 @@ class Run {
       const int64_t group = unit % per_rotation / row_tiles;
       const int64_t row = unit % row_tiles * kernels_.row_tile;
       const Rotation& rotation = call_.rotations[which];
-      const PrepareJob job{call_.x, call_.row_stride, call_.dtype, rotation.data, rotation.rounds, activations_[which]};
+      const std::vector<Projection>& projections = projections_[which];
+      const PrepareJob job{
+          call_.x, call_.row_stride, call_.dtype, rotation.data, rotation.rounds, activations_[which],
+          projections.data(), static_cast<int>(projections.size())};
       kernels_.prepare(job, group, row, std::min(row + kernels_.row_tile, call_.rows));
     }
   }
 
-  void multiply_share(int thread, int count, const Workspace& space) const {
+  void multiply_share(int thread, int count, Workspace& space) const {
     const int64_t units = row_panels_ * blocks_;
     for (int64_t unit = units * thread / count; unit < units * (thread + 1) / count; ++unit) {
       const int64_t block = unit % blocks_;
@@ -150,7 +168,7 @@ class Run {
     }
   }
 
-  void multiply_block(const Linear& linear, int64_t block, int64_t panel, const Workspace& space) const {
+  void multiply_block(const Linear& linear, int64_t block, int64_t panel, Workspace& space) const {
     const int64_t row = call_.rows * panel / row_panels_;
     const int64_t rows = call_.rows * (panel + 1) / row_panels_ - row;
     const int64_t column = block * kBlockColumns;
@@ -167,25 +185,45 @@ class Run {
     for (int n = 0; n < kBlockColumns; ++n) {
       space.bias[n] = linear.bias && n < columns ? load_float(linear.bias_dtype, linear.bias, column + n) : 0.0f;
     }
+    correct(linear, column, columns, panel, row, rows, space);
     const int64_t element = call_.dtype == DType::f32 ? 4 : 2;
     auto* y = static_cast<uint8_t*>(linear.y) + (row * linear.out_features + column) * element;
-    kernels_.store({space.tile, rows, columns, space.bias, call_.dtype, y, linear.out_features});
+    kernels_.store(
+        {space.tile, rows, columns, space.bias, linear.rank, space.sums, space.up, call_.dtype, y, linear.out_features});
+  }
+
+  // Prepares the correction of one block: its columns of `up`, and the sums over groups of the panel's projections.
+  void correct(
+      const Linear& linear, int64_t column, int columns, int64_t panel, int64_t row, int64_t rows,
+      Workspace& space) const {
+    if (linear.rank == 0) return;
+    widen_rows<uint16_t>(linear.up + column, space.up, linear.rank, columns, linear.out_features);
+    if (space.summed_linear == &linear && space.summed_panel == panel) return;
+    space.summed_linear = &linear;
+    space.summed_panel = panel;
+    const int64_t count = rows * linear.rank;
+    std::memset(space.sums, 0, sizeof(float) * count);
+    for (int64_t group = 0; group < groups_; ++group) {
+      const float* parts = projected_[&linear - call_.linears.data()] + (group * call_.rows + row) * linear.rank;
+      for (int64_t i = 0; i < count; ++i) space.sums[i] += parts[i];
+    }
   }
 
   // Copies a narrow block to full width; the added columns have scale 0.
   Block widen(const Block& narrow, int columns, const Workspace& space) const {
     const int64_t word_rows = call_.in_features * call_.bits / 32;
-    widen_rows(narrow.weight, space.weight, word_rows, columns * sizeof(uint32_t), kBlockColumns * sizeof(uint32_t));
-    widen_rows(narrow.scales, space.scales, groups_, columns * sizeof(uint16_t), kBlockColumns * sizeof(uint16_t));
-    widen_rows(narrow.zeros, space.zeros, groups_, columns, kBlockColumns);
+    widen_rows<uint32_t>(narrow.weight, space.weight, word_rows, columns, columns);
+    widen_rows<uint16_t>(narrow.scales, space.scales, groups_, columns, columns);
+    widen_rows<uint8_t>(narrow.zeros, space.zeros, groups_, columns, columns);
     return {space.weight, space.scales, space.zeros};
   }
 
-  static void widen_rows(const void* from, void* to, int64_t rows, size_t from_bytes, size_t to_bytes) {
+  template <class T>
+  static void widen_rows(const void* from, void* to, int64_t rows, int columns, int64_t row_stride) {
     for (int64_t row = 0; row < rows; ++row) {
-      auto* out = static_cast<uint8_t*>(to) + row * to_bytes;
-      std::memcpy(out, static_cast<const uint8_t*>(from) + row * from_bytes, from_bytes);
-      std::memset(out + from_bytes, 0, to_bytes - from_bytes);
+      T* out = static_cast<T*>(to) + row * kBlockColumns;
+      std::memcpy(out, static_cast<const T*>(from) + row * row_stride, columns * sizeof(T));
+      std::memset(out + columns, 0, (kBlockColumns - columns) * sizeof(T));
     }
   }
 
@@ -195,10 +233,13 @@ class Run {
   int64_t blocks_ = 0;
   std::vector<int64_t> first_block_;
   bool widest_tail_ = false;
+  int highest_rank_ = 0;
   int threads_ = 1;
   int64_t row_panels_ = 1;
   std::unique_ptr<uint8_t, FreeDeleter> memory_;
   std::vector<Activation> activations_;
+  std::vector<std::vector<Projection>> projections_; // of each rotation's linears
+  std::vector<float*> projected_;                    // of each linear
   std::vector<Workspace> workspaces_;
 };
 

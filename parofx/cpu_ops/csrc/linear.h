@@ -20,6 +20,10 @@ struct Linear {
   const uint8_t* zeros;
   const void* bias; // null: none
   DType bias_dtype;
+  // A low-rank correction, (x_rot · downᵀ) · up, in fp16: down (rank, in_features), up (rank, out_features).
+  const uint16_t* down;
+  const uint16_t* up;
+  int rank; // 0: none
   int64_t out_features;
   int rotation; // index into LinearCall::rotations
   void* y;      // (rows, out_features), contiguous, x's dtype

@@ -84,7 +84,8 @@ parofx::Rotation read_rotation(const Tensor& blob, int64_t in_features, size_t i
 
 parofx::Linear read_linear(
     const parofx::LinearCall& call, const Tensor& weight, const Tensor& scales, const Tensor& zeros,
-    const std::optional<Tensor>& bias, size_t index) {
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& down, const std::optional<Tensor>& up,
+    size_t index) {
   check_packed(weight, ScalarType::Byte, "weights", index);
   check_packed(scales, ScalarType::Half, "scales", index);
   check_packed(zeros, ScalarType::Byte, "zeros", index);
@@ -104,6 +105,22 @@ parofx::Linear read_linear(
         bias->is_cpu() && bias->is_contiguous() && bias->dim() == 1 && bias->size(0) == out_features, kName,
         ": biases[", index, "] must be a contiguous CPU tensor of ", out_features, " elements, got ", bias->numel());
     linear.bias = bias->data_ptr();
+  }
+  STD_TORCH_CHECK(
+      down.has_value() == up.has_value(), kName, ": a correction needs both down and up, got one for linear ", index);
+  if (down) {
+    const int64_t rank = down->dim() == 2 ? down->size(0) : -1;
+    for (const Tensor& half : {*down, *up}) {
+      STD_TORCH_CHECK(
+          half.is_cpu() && half.scalar_type() == ScalarType::Half && half.is_contiguous(), kName,
+          ": down and up must be contiguous CPU tensors of Half, got ",
+          torch::headeronly::toString(half.scalar_type()), " for linear ", index);
+    }
+    check_shape(*down, rank, call.in_features, "down", index);
+    check_shape(*up, rank, out_features, "up", index);
+    linear.down = static_cast<const uint16_t*>(down->data_ptr());
+    linear.up = static_cast<const uint16_t*>(up->data_ptr());
+    linear.rank = static_cast<int>(rank);
   }
   return linear;
 }
@@ -172,10 +189,10 @@ Tensor add_linear(parofx::LinearCall& call, const Tensor& x, parofx::Linear line
 
 Tensor rotate_linear(
     Tensor x, Tensor rotation, Tensor weight, Tensor scales, Tensor zeros, std::optional<Tensor> bias, int64_t bits,
-    int64_t group_size, int64_t activation_mode) {
+    int64_t group_size, int64_t activation_mode, std::optional<Tensor> down, std::optional<Tensor> up) {
   parofx::LinearCall call = begin_call(x, bits, group_size, activation_mode);
   call.rotations.push_back(read_rotation(rotation, call.in_features, 0));
-  Tensor output = add_linear(call, x, read_linear(call, weight, scales, zeros, bias, 0), 0);
+  Tensor output = add_linear(call, x, read_linear(call, weight, scales, zeros, bias, down, up, 0), 0);
   parofx::run_linears(call, thread_count());
   return output;
 }
@@ -183,13 +200,17 @@ Tensor rotate_linear(
 std::vector<Tensor> rotate_int4_linear(
     Tensor x, std::vector<Tensor> rotations, std::vector<Tensor> weights, std::vector<Tensor> scales,
     std::vector<Tensor> zeros, std::vector<std::optional<Tensor>> biases, int64_t group_size,
-    int64_t activation_mode, int64_t bits) {
+    int64_t activation_mode, int64_t bits, std::optional<std::vector<Tensor>> down,
+    std::optional<std::vector<Tensor>> up) {
   const size_t count = weights.size();
   STD_TORCH_CHECK(
       count > 0 && scales.size() == count && zeros.size() == count && biases.size() == count &&
           (rotations.size() == 1 || rotations.size() == count),
       kName, ": weights, scales, zeros and biases must have one entry per linear and rotations one, or one per linear; "
       "got ", count, ", ", scales.size(), ", ", zeros.size(), ", ", biases.size(), " and ", rotations.size());
+  STD_TORCH_CHECK(
+      down.has_value() == up.has_value() && (!down || (down->size() == count && up->size() == count)), kName,
+      ": down and up must both be None or have one entry per linear, of ", count);
   parofx::LinearCall call = begin_call(x, bits, group_size, activation_mode);
   call.rotations.reserve(rotations.size());
   for (size_t i = 0; i < rotations.size(); ++i) {
@@ -199,7 +220,13 @@ std::vector<Tensor> rotate_int4_linear(
   outputs.reserve(count);
   call.linears.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    const parofx::Linear linear = read_linear(call, weights[i], scales[i], zeros[i], biases[i], i);
+    std::optional<Tensor> one_down;
+    std::optional<Tensor> one_up;
+    if (down) {
+      one_down = (*down)[i];
+      one_up = (*up)[i];
+    }
+    const parofx::Linear linear = read_linear(call, weights[i], scales[i], zeros[i], biases[i], one_down, one_up, i);
     outputs.push_back(add_linear(call, x, linear, rotations.size() == 1 ? 0 : static_cast<int>(i)));
   }
   parofx::run_linears(call, thread_count());
@@ -213,10 +240,11 @@ std::string isa() { return parofx::active_kernels().isa; }
 STABLE_TORCH_LIBRARY(parofx_cpu, library) {
   library.def(
       "rotate_linear(Tensor x, Tensor rotation, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias, int bits, "
-      "int group_size, int activation_mode) -> Tensor");
+      "int group_size, int activation_mode, Tensor? down=None, Tensor? up=None) -> Tensor");
   library.def(
       "rotate_int4_linear(Tensor x, Tensor[] rotations, Tensor[] weights, Tensor[] scales, Tensor[] zeros, "
-      "Tensor?[] biases, int group_size, int activation_mode, int bits=4) -> Tensor[]");
+      "Tensor?[] biases, int group_size, int activation_mode, int bits=4, "
+      "Tensor[]? down=None, Tensor[]? up=None) -> Tensor[]");
   library.def("isa() -> str");
 }
 

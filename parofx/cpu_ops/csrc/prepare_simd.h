@@ -114,6 +114,30 @@ void finish_integer(const float* row, int group_size, uint32_t* words, float* sc
   *sum = static_cast<float>(Simd::sum_int(total));
 }
 
+// The share of one group in x · downᵀ, for the linears that read a rotation.
+template <class Simd>
+void project(const PrepareJob& job, int64_t group, int64_t row_begin, int rows, const float* v) {
+  const int group_size = job.out.group_size;
+  for (int i = 0; i < job.projection_count; ++i) {
+    const Projection& to = job.projections[i];
+    float* parts = to.parts + job.out.row_index(group, row_begin) * to.rank;
+    for (int r = 0; r < to.rank; ++r) {
+      alignas(64) float down[kMaxGroupSize]; // converted once for all rows
+      for (int k = 0; k < group_size; k += Simd::kLanes) {
+        const int64_t at = r * to.in_features + group * group_size + k;
+        Simd::store(down + k, Simd::template load_as<DType::f16>(to.down, at));
+      }
+      for (int row = 0; row < rows; ++row) {
+        auto dot = Simd::zero();
+        for (int k = 0; k < group_size; k += Simd::kLanes) {
+          dot = Simd::fmadd(Simd::load(down + k), Simd::load(v + row * group_size + k), dot);
+        }
+        parts[row * to.rank + r] = Simd::sum(dot);
+      }
+    }
+  }
+}
+
 // `Isa` names the vectors, rotates one row, and knows how to finish each format.
 template <class Isa>
 void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end) {
@@ -133,6 +157,7 @@ void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t ro
   } else if (job.rounds > 0) {
     for (int row = 0; row < rows; ++row) Isa::rotate_row(v + row * group_size, rotation);
   }
+  project<Simd>(job, group, row_begin, rows, v);
   const auto finish = Isa::finish(job.out.format);
   for (int row = 0; row < rows; ++row) {
     const int64_t index = job.out.row_index(group, row_begin + row);
@@ -156,8 +181,30 @@ void store_rows(const StoreJob& job) {
   }
 }
 
+// tile += sums · up, `kRanks` ranks from `first` on, whose columns stay in registers.
+template <class Simd, int kRanks>
+void add_ranks(const StoreJob& job, int first) {
+  for (int n = 0; n < kBlockColumns; n += Simd::kLanes) {
+    typename Simd::Float up[kRanks];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRanks; ++r) {
+      up[r] = Simd::template load_as<DType::f16>(job.up, (first + r) * kBlockColumns + n);
+    }
+    for (int64_t row = 0; row < job.rows; ++row) {
+      const float* sums = job.sums + row * job.rank + first;
+      auto v = Simd::load(job.tile + row * kBlockColumns + n);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRanks; ++r) v = Simd::fmadd(Simd::broadcast(sums[r]), up[r], v);
+      Simd::store(job.tile + row * kBlockColumns + n, v);
+    }
+  }
+}
+
 template <class Simd>
 void store(const StoreJob& job) {
+  int rank = 0;
+  for (; rank + 4 <= job.rank; rank += 4) add_ranks<Simd, 4>(job, rank);
+  for (; rank < job.rank; ++rank) add_ranks<Simd, 1>(job, rank);
   if (job.dtype == DType::f32) return store_rows<Simd, DType::f32>(job);
   if (job.dtype == DType::bf16) return store_rows<Simd, DType::bf16>(job);
   store_rows<Simd, DType::f16>(job);

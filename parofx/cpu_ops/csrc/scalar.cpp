@@ -2,6 +2,7 @@
 //
 //   v      = ROT(x ⊙ channel_scales)                                       per row and group of g channels, fp32
 //   y[n]   = bias[n] + Σ_groups scale[n] · (Σ_k code[k, n] · v[k] − zero[n] · Σ_k v[k])
+//          + Σ_r up[r, n] · Σ_k down[r, k] · v[k]                            where there is a low-rank correction
 //
 // With int8 activations v is first replaced by step · round(v / step), step = max|v| / 127.
 #include <cmath>
@@ -63,6 +64,19 @@ void finish_int8(const float* v, int group_size, uint32_t* words, float* scale, 
   *sum = static_cast<float>(total);
 }
 
+void project(const PrepareJob& job, int64_t group, int64_t index, const float* v) {
+  const int group_size = job.out.group_size;
+  for (int i = 0; i < job.projection_count; ++i) {
+    const Projection& to = job.projections[i];
+    for (int r = 0; r < to.rank; ++r) {
+      const uint16_t* down = to.down + r * to.in_features + group * group_size;
+      float dot = 0.0f;
+      for (int k = 0; k < group_size; ++k) dot += f16_to_float(down[k]) * v[k];
+      to.parts[index * to.rank + r] = dot;
+    }
+  }
+}
+
 void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end) {
   const int group_size = job.out.group_size;
   const RotationLayout layout{group_size, job.rounds};
@@ -75,6 +89,7 @@ void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t ro
     }
     if (job.rotation) rotate_row(v, rotation);
     const int64_t index = job.out.row_index(group, row);
+    project(job, group, index, v);
     const auto finish = job.out.format == Format::int8 ? finish_int8 : finish_f32;
     finish(v, group_size, job.out.row(group, row), job.out.scale + index, job.out.sum + index);
   }
@@ -140,7 +155,11 @@ void multiply(const MultiplyJob& job) {
 void store(const StoreJob& job) {
   for (int64_t row = 0; row < job.rows; ++row) {
     for (int n = 0; n < job.columns; ++n) {
-      store_float(job.dtype, job.y, row * job.row_stride + n, job.tile[row * kBlockColumns + n] + job.bias[n]);
+      float value = job.tile[row * kBlockColumns + n] + job.bias[n];
+      for (int r = 0; r < job.rank; ++r) {
+        value += job.sums[row * job.rank + r] * f16_to_float(job.up[r * kBlockColumns + n]);
+      }
+      store_float(job.dtype, job.y, row * job.row_stride + n, value);
     }
   }
 }

@@ -35,6 +35,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: linears left float; informative, since the tensors tell.
         group_sizes: module name → group size, for the modules whose group size is another.
         module_bits: module name → bits, for the modules whose weights have another width.
+        compensation_rank: highest rank of the modules' low-rank corrections, where there are such.
         other: what other writers add, kept as it is.
 
     Raises:
@@ -49,6 +50,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: list[str] | None = None,
         group_sizes: dict[str, int] | None = None,
         module_bits: dict[str, int] | None = None,
+        compensation_rank: int | None = None,
         quant_method: str = layout.QUANT_METHOD,
         **other: Any,
     ) -> None:
@@ -59,6 +61,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.modules_to_not_convert = modules_to_not_convert
         self.group_sizes = group_sizes
         self.module_bits = module_bits
+        self.compensation_rank = compensation_rank
         self.__dict__.update(other)
         problems = layout.why_not_readable(self.to_dict())
         if problems:
