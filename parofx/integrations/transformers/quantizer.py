@@ -31,10 +31,11 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         bits: width of a weight, where `module_bits` says nothing else.
         group_size: input channels per scale and rotation group, where `group_sizes` says nothing else.
-        krot: rotation rounds.
+        krot: rotation rounds, where `module_krots` says nothing else.
         modules_to_not_convert: linears left float; informative, since the tensors tell.
         group_sizes: module name → group size, for the modules whose group size is another.
         module_bits: module name → bits, for the modules whose weights have another width.
+        module_krots: module name → krot, for the modules with more or fewer rounds.
         other: what other writers add, kept as it is.
 
     Raises:
@@ -49,6 +50,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: list[str] | None = None,
         group_sizes: dict[str, int] | None = None,
         module_bits: dict[str, int] | None = None,
+        module_krots: dict[str, int] | None = None,
         quant_method: str = layout.QUANT_METHOD,
         **other: Any,
     ) -> None:
@@ -59,6 +61,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.modules_to_not_convert = modules_to_not_convert
         self.group_sizes = group_sizes
         self.module_bits = module_bits
+        self.module_krots = module_krots
         self.__dict__.update(other)
         problems = layout.why_not_readable(self.to_dict())
         if problems:
