@@ -35,6 +35,11 @@ def quant_max(bits: int) -> int:
     return int(2**bits) - 1
 
 
+def quant_maxima(bits: int | Tensor) -> float | Tensor:
+    """Return the largest code of one width, or of each of a tensor's, in fp32."""
+    return (2.0**bits - 1) if isinstance(bits, Tensor) else float(quant_max(bits))
+
+
 def grouped(w: Tensor, group_size: int) -> Tensor:
     """Return `w (N, K)` as `(N, K/g, g)`.
 
@@ -64,11 +69,13 @@ def choose_qparams(w: Tensor, bits: int, group_size: int, *, shrink: float | Ten
     return scales, zeros
 
 
-def quantize(w: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int) -> Tensor:
-    """Return the codes `q (N, K)`, uint8."""
+def quantize(w: Tensor, scales: Tensor, zeros: Tensor, bits: int | Tensor, group_size: int) -> Tensor:
+    """Return the codes `q (N, K)`, uint8; `bits` are those of all rows, or of each, `(N,)`."""
     _check_qparams(w, scales, zeros, group_size)
     codes = torch.round(grouped(w, group_size).float() / scales[..., None]) + zeros[..., None]
-    return codes.clamp(0, quant_max(bits)).to(torch.uint8).reshape(w.shape)
+    top = quant_maxima(bits)
+    codes = codes.clamp(min=0).minimum(top[:, None, None]) if isinstance(top, Tensor) else codes.clamp(0, top)
+    return codes.to(torch.uint8).reshape(w.shape)
 
 
 def dequantize(q: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:

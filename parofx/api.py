@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from parofx.config import ParoConfig
 from parofx.errors import DataError
 from parofx.explanation import ExplainedLinear, Explanation, explain
+from parofx.passes.allocate_bits import AllocateBits
 from parofx.passes.base import Pass
 from parofx.passes.calibrate import Calibrate
 from parofx.passes.capture import capture, complete_inputs, complete_named
@@ -37,18 +38,21 @@ def calibrate(
 ) -> GraphModule:
     """PREPARED → CALIBRATED, in place: fit the transforms. See `passes.calibrate`.
 
+    With a `bits_budget` formats are chosen first; see `passes.allocate_bits`.
+
     Args:
         gm: a PREPARED graph.
         batches: inputs of the captured model: mappings of keyword inputs, tuples of positional ones or single
             tensors, as it was captured with; None fits on weights alone.
-        config: `calibration` applies; the rest was decided by `prepare`.
+        config: that of `prepare`.
         progress: show a progress bar.
     """
     named = None
     if batches is not None:
         _, names = gm.meta["parofx_inputs"]
         named = [complete_named(names, _named(batch)) for batch in batches]
-    return Pipeline([Calibrate(config or ParoConfig(), named, progress)]).run(gm)
+    config = config or ParoConfig()
+    return Pipeline([AllocateBits(config, named), Calibrate(config, named, progress)]).run(gm)
 
 
 def convert(gm: GraphModule) -> GraphModule:

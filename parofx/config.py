@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -80,6 +81,8 @@ class CalibrationConfig:
         samples: sequences used.
         validation_samples: of these, how many are held out to choose by; 0 chooses on all of them.
         batch_size: sequences per forward.
+        bits_budget: bits per quantized weight, scales, zeros and rotations counted, that may be spent. Widths, group
+            sizes and rotation rounds are then chosen for each linear, where they lose least; None leaves all alike.
         work_dir: folder for per-block results; with it a killed run resumes at the block it was in.
         resume: use what an earlier run with the same options left in `work_dir`.
     """
@@ -108,6 +111,7 @@ class CalibrationConfig:
     samples: int = _BY_RECIPE
     validation_samples: int = _BY_RECIPE
     batch_size: int = _BY_RECIPE
+    bits_budget: float | None = None
     work_dir: str | None = None
     resume: bool = True
 
@@ -136,6 +140,8 @@ class CalibrationConfig:
             rate = getattr(self, name)
             if not _is_number(rate) or not 0 < rate < 10:
                 problems.append(f"{name} must be in (0, 10), got {rate!r}")
+        if self.bits_budget is not None and (not _is_number(self.bits_budget) or not 0 < self.bits_budget < math.inf):
+            problems.append(f"bits_budget must be a number of bits above 0, or None, got {self.bits_budget!r}")
         for name in ("clip_ratios", "damping"):
             value = getattr(self, name)
             numbers = tuple(value) if isinstance(value, Iterable) else ()

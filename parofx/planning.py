@@ -24,6 +24,7 @@ from parofx.calibration.probe import estimate_seconds
 from parofx.calibration.traffic import measure_segments, size_of
 from parofx.config import ParoConfig
 from parofx.linear_tensors import tensor_specs
+from parofx.passes.allocate_bits import AllocateBits
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.transforms import Transform, find_transforms
 from parofx.pipeline import Pipeline
@@ -63,7 +64,9 @@ class QuantizationPlan:
         disk_bytes: in `work_dir`, at most.
         checkpoint_bytes: of all tensors that `save_pretrained` will write.
         device: where it would run.
-        seconds: of calibration there, estimated from short measurements.
+        seconds: of calibration there, estimated from short measurements; choosing formats comes on top.
+        budget_bytes: with a bits budget, what the quantized linears take in the smallest formats, and at most; which
+            ones they get is measured in the run, and `linears` lists them as without a budget.
     """
 
     config: ParoConfig
@@ -79,6 +82,7 @@ class QuantizationPlan:
     checkpoint_bytes: int
     device: str
     seconds: float
+    budget_bytes: tuple[int, int] | None = None
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -87,9 +91,10 @@ class QuantizationPlan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per quantized weight, counted as `QuantizationReport.bits_per_weight` does."""
+        """Bits per quantized weight, as `QuantizationReport.bits_per_weight` counts them; with a budget at most."""
         weights = sum(linear.in_features * linear.out_features for linear in self.linears)
-        return 8 * sum(linear.packed_bytes for linear in self.linears) / max(weights, 1)
+        stored = self.budget_bytes[1] if self.budget_bytes else sum(linear.packed_bytes for linear in self.linears)
+        return 8 * stored / max(weights, 1)
 
     def reasons(self) -> Counter[FloatReason]:
         """Count the float linears by reason."""
@@ -139,11 +144,15 @@ def plan_quantization(
     prepare = InsertTransforms(config, output_heads=output_heads(skeleton), replace_modules=True)
     Pipeline([prepare]).run(gm)
     transforms = find_transforms(gm)
+    budgeted = config.calibration.bits_budget is not None and transforms
+    budget_bytes = AllocateBits(config).byte_range(gm) if budgeted else None
     linears = tuple(linear for transform in transforms for linear in _planned(gm, transform))
     with_data = batches is not None and config.calibration.recipe != "data-free"
     segments = measure_segments(gm, batches or ()) if with_data else ()
     shapes = [_shape(gm, transform) for transform in transforms]
-    packed_bytes = sum(linear.packed_bytes for linear in linears)
+    packed_bytes = uniform_bytes = sum(linear.packed_bytes for linear in linears)
+    if budget_bytes is not None:
+        packed_bytes = budget_bytes[1]
     blocks = len({transform.block for transform in transforms})
     return QuantizationPlan(
         config=config,
@@ -166,11 +175,12 @@ def plan_quantization(
             itemsize=parameter.element_size(),
         ),
         disk_bytes=disk_bytes(config, shapes, segments),
-        checkpoint_bytes=_checkpoint_bytes(skeleton, linears),
+        checkpoint_bytes=_checkpoint_bytes(skeleton, linears) + packed_bytes - uniform_bytes,
         device=str(device),
         seconds=estimate_seconds(
             config.calibration, shapes, segments, bits=config.bits, dtype=parameter.dtype, device=device
         ),
+        budget_bytes=budget_bytes,
     )
 
 
@@ -191,8 +201,9 @@ def _planned(gm: GraphModule, transform: Transform) -> list[PlannedLinear]:
     krot, found = transform.krot(gm), []
     for linear in transform.linears:
         out_features, in_features = linear.weight.shape
-        bias = any(len(call.args) > 2 and call.args[2] is not None for call in linear.calls)
-        specs = tensor_specs(in_features, out_features, transform.group_size, krot, bias=bias, bits=linear.bits)
+        specs = tensor_specs(
+            in_features, out_features, transform.group_size, krot, bias=linear.has_bias, bits=linear.bits
+        )
         stored = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
         sizes = (in_features, out_features, linear.bits, transform.group_size, krot)
         found.append(PlannedLinear(linear.name, *sizes, transform.name, transform.block, stored))

@@ -20,6 +20,7 @@ from parofx.calibration.data import batches as read_batches
 from parofx.config import ParoConfig
 from parofx.errors import CaptureError, ConfigError, one_per_line
 from parofx.nn import ParoLinear
+from parofx.passes.allocate_bits import AllocateBits
 from parofx.passes.calibrate import Calibrate, block_reports_of, reports_of
 from parofx.passes.capture import capture, complete_inputs
 from parofx.passes.convert import Convert
@@ -82,6 +83,7 @@ def quantize(
     pipeline = Pipeline(
         [
             InsertTransforms(config, output_heads=output_heads(model), replace_modules=True),
+            AllocateBits(config, batches),
             Calibrate(config, batches, progress),
             Convert(),
         ]
@@ -234,6 +236,7 @@ def _linear_report(gm: GraphModule, name: str, module: ParoLinear) -> LinearRepo
         relative_error=gm.meta["parofx_relative_errors"][name],
         packed_bytes=module.packed_bytes(),
         nearest_error=gm.meta["parofx_nearest_errors"].get(name),
+        predicted_loss=gm.meta.get("parofx_predicted_losses", {}).get(name),
     )
 
 

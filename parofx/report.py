@@ -34,7 +34,8 @@ class LinearReport:
 
     `transform` names the rotation it uses: siblings have the same. `relative_error` is the expected squared output
     error over the expected squared output, from the calibration statistics (from the weights alone without data);
-    `nearest_error` is that of rounding to nearest in the same rotation, where it was not what was done.
+    `nearest_error` is that of rounding to nearest in the same rotation, where it was not what was done. With a bits
+    budget `predicted_loss` is what its format was expected to cost, as KL divergence in nats if there was data.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LinearReport:
     relative_error: float
     packed_bytes: int
     nearest_error: float | None = None
+    predicted_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ calibrations = st.builds(
     seqlen=st.integers(2, 4096),
     samples=st.integers(1, 512),
     batch_size=st.integers(1, 64),
+    bits_budget=st.none() | st.floats(0.5, 16),
     work_dir=st.none() | st.text(min_size=1, max_size=8),
     resume=st.booleans(),
 )
@@ -74,7 +75,7 @@ def test_an_option_that_is_not_given_is_the_recipes():
         config = CalibrationConfig(recipe=recipe)
         assert {name: getattr(config, name) for name in options} == options
         assert set(options) <= names
-        assert all(getattr(config, name) is not None for name in names - {"work_dir"})
+        assert all(getattr(config, name) is not None for name in names - {"work_dir", "bits_budget"})
     paper = CalibrationConfig(recipe="paper", samples=7)
     assert (paper.samples, paper.seqlen, paper.steps, paper.rounding) == (7, 2048, 0, "nearest")
     assert paper.trains_blocks
@@ -132,6 +133,8 @@ def test_paro_config_refuses(options, message):
     [
         ({"recipe": "slow"}, r"recipe must be one of \('fast', 'best', 'data-free', 'paper'\), got 'slow'"),
         ({"pairs": "random"}, r"pairs must be one of \('matching', 'greedy'\), got 'random'"),
+        ({"bits_budget": 0}, "bits_budget must be a number of bits above 0, or None, got 0"),
+        ({"bits_budget": float("nan")}, "bits_budget must be a number of bits above 0, or None, got nan"),
         ({"steps": -1}, "steps must be an integer of at least 0, got -1"),
         ({"rows": 0}, "rows must be an integer of at least 1, got 0"),
         ({"seqlen": 1}, "seqlen must be an integer of at least 2, got 1"),

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,22 @@ def test_the_plan_says_what_the_run_does(tmp_path, config, options, with_data):
     assert plan.steps == 2 * plan.transforms
     parofx.save_pretrained(model, tmp_path / "saved")
     assert plan.checkpoint_bytes == stored_bytes(tmp_path / "saved")
+
+
+def test_a_budget_bounds_what_is_stored(tmp_path):
+    config = ParoConfig(group_size=32, krot=2, calibration=dataclasses.replace(FAST, bits_budget=7.0))
+    model = tiny.model()
+    plan = parofx.plan_quantization(model, config)
+    report = parofx.quantize(model, config, progress=False)
+    least, most = (
+        8 * stored / sum(one.in_features * one.out_features for one in plan.linears) for stored in plan.budget_bytes
+    )
+    assert least < report.bits_per_weight <= plan.bits_per_weight == most <= 7.0
+    parofx.save_pretrained(model, tmp_path / "saved")
+    assert stored_bytes(tmp_path / "saved") <= plan.checkpoint_bytes
+    small = dataclasses.replace(config, calibration=dataclasses.replace(FAST, bits_budget=1.0))
+    with pytest.raises(ConfigError, match="bits_budget must be at least"):
+        parofx.plan_quantization(tiny.model(), small)
 
 
 def peak_bytes(work) -> int:

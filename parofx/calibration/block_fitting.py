@@ -86,7 +86,8 @@ def train_block(
 def _trained(transform: Transform, fitted: FittedTransform) -> TrainedTransform:
     weights = {linear.name: linear.weight for linear in transform.linears}
     parts = (fitted.pairs, fitted.theta, fitted.channel_scales)
-    return TrainedTransform(*parts, weights, bits=transform.bits, group_size=transform.group_size)
+    bits = {linear.name: linear.bits for linear in transform.linears}
+    return TrainedTransform(*parts, weights, bits=bits, group_size=transform.group_size)
 
 
 def _tune(
@@ -107,7 +108,7 @@ def _tune(
             if fitted.codes is None:
                 parts = (fitted.pairs, fitted.theta, fitted.channel_scales)
                 weight = rotate_weight(linear.weight, *parts, one.group_size)
-                codes[one.name].append(affine.quantize(weight, *grid, one.bits, one.group_size))
+                codes[one.name].append(affine.quantize(weight, *grid, linear.bits, one.group_size))
             else:
                 codes[one.name].append(fitted.codes[index])
             rotated.fix_codes(linear.name, codes[one.name][-1], *grid)
@@ -146,7 +147,7 @@ def quantized_weights(transforms: Sequence[Transform], fits: Mapping[str, Fitted
             if weight is None:
                 parts = (fitted.pairs, fitted.theta, fitted.channel_scales)
                 rotated = rotate_weight(linear.weight, *parts, transform.group_size)
-                rounded = affine.fake_quantize(rotated, *fitted.grids[index], transform.bits, transform.group_size)
+                rounded = affine.fake_quantize(rotated, *fitted.grids[index], linear.bits, transform.group_size)
                 reciprocal = fitted.channel_scales.float().reciprocal()
                 weight = rotation.inverse_rotate(rounded, *parts[:2], reciprocal, transform.group_size)
             result[linear.name] = weight
@@ -155,11 +156,11 @@ def quantized_weights(transforms: Sequence[Transform], fits: Mapping[str, Fitted
 
 def _round_to_nearest(transform: Transform, trained: TrainedTransform, start: FittedTransform) -> FittedTransform:
     """Round trained weights to their trained grids."""
-    top = affine.quant_max(transform.bits)
     grids, codes = [], []
-    for linear in trained.linears.values():
-        grids.append((_storable(linear.scales), linear.zeros.round().clamp(0, top)))
-        codes.append(affine.quantize(linear.weight, *grids[-1], transform.bits, transform.group_size))
+    for name, linear in trained.linears.items():
+        bits = trained.bits[name]
+        grids.append((_storable(linear.scales), linear.zeros.round().clamp(0, affine.quant_max(bits))))
+        codes.append(affine.quantize(linear.weight, *grids[-1], bits, transform.group_size))
     return dataclasses.replace(
         start,
         theta=trained.theta.half(),
@@ -180,8 +181,8 @@ def _round_with_feedback(
     """Round trained weights for the inputs that the quantized block has."""
     rotated = Rotated(trained.pairs, trained.theta.half(), trained.channel_scales, transform.group_size)
     weights = [linear.weight for linear in trained.linears.values()]
-    losses = (start.loss_before, start.loss_after)
-    return round_rotated(weights, rotated, *statistics, bits=transform.bits, config=config, losses=losses)
+    losses, bits = (start.loss_before, start.loss_after), [linear.bits for linear in transform.linears]
+    return round_rotated(weights, rotated, *statistics, bits=bits, config=config, losses=losses)
 
 
 def output_norm(transform: Transform, config: CalibrationConfig) -> OutputNorm | None:

@@ -48,7 +48,7 @@ class TrainedTransform:
         theta: `(krot, K/2)`.
         channel_scales: 1/α, `(1, K)`.
         weights: the linears' float weights by name, `(N_i, K)`.
-        bits: width of a weight.
+        bits: width of each linear's codes, by name.
         group_size: channels per group.
     """
 
@@ -59,7 +59,7 @@ class TrainedTransform:
         channel_scales: Tensor,
         weights: Mapping[str, Tensor],
         *,
-        bits: int,
+        bits: Mapping[str, int],
         group_size: int,
     ) -> None:
         self.pairs = pairs
@@ -80,7 +80,7 @@ class TrainedTransform:
             for name, weight in self.weights.items():
                 rotated = self._rotate(weight)
                 self.linears[name] = TrainedLinear(
-                    rotated, *differentiable_qparams(rotated, self.bits, self.group_size)
+                    rotated, *differentiable_qparams(rotated, self.bits[name], self.group_size)
                 )
 
     def fix_codes(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
@@ -102,13 +102,13 @@ class TrainedTransform:
             linear = self.linears.get(name)
             if linear is None:
                 rotated = self._blocks(weight.float() * alpha, matrix)
-                grid = differentiable_qparams(rotated, self.bits, self.group_size)
+                grid = differentiable_qparams(rotated, self.bits[name], self.group_size)
             else:
                 rotated, grid = linear.weight, (linear.scales, linear.zeros)
             if linear is not None and linear.fixed:
                 rounded = linear.weight * linear.scales.exp().repeat_interleave(self.group_size, 1)
             else:
-                rounded = FAKE_QUANTIZE(rotated, *grid, self.bits, self.group_size)
+                rounded = FAKE_QUANTIZE(rotated, *grid, self.bits[name], self.group_size)
             result[name] = self._blocks(rounded, matrix.transpose(1, 2)) / alpha
         return result
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from parofx import affine
-from parofx.affine import quant_max
+from parofx.affine import quant_maxima
 from parofx.errors import ConfigError, ShapeError
 
 #: Columns between two updates of all columns that are left; inside, each column is corrected as it comes.
@@ -75,7 +75,7 @@ def round_with_feedback(
     scales: Tensor,
     zeros: Tensor,
     *,
-    bits: int,
+    bits: int | Tensor,
     group_size: int,
     sweeps: int,
 ) -> RoundedWeight:
@@ -86,7 +86,7 @@ def round_with_feedback(
         gram: second moments of the inputs in that space, `(K, K)`, positive definite (`damped`).
         scales: fp16 values `(N, K/g)`.
         zeros: integers `(N, K/g)`.
-        bits: width of a code.
+        bits: width of a code, of all rows or of each, `(N,)`.
         group_size: channels per group, g.
         sweeps: rounds of coordinate descent, each followed by a refit of the scales.
 
@@ -106,7 +106,8 @@ def round_with_feedback(
     for first in range(0, len(weight), rows):
         chunk = slice(first, first + rows)
         start = RoundedWeight(codes[chunk], scales[chunk], zeros[chunk])
-        problem = _Problem(weight[chunk], gram, start, bits, group_size)
+        widths = bits[chunk] if isinstance(bits, Tensor) else bits
+        problem = _Problem(weight[chunk], gram, start, widths, group_size)
         nearest = problem.steps
         problem.feed_back(factor, order)
         problem.keep_better(nearest)
@@ -132,12 +133,12 @@ def _unit_factor(gram: Tensor, order: Tensor) -> Tensor:
 class _Problem:
     """The rows of one weight while they are rounded, channels first; `steps` are codes minus zeros, `(K, N)`."""
 
-    def __init__(self, weight: Tensor, gram: Tensor, start: RoundedWeight, bits: int, group_size: int) -> None:
+    def __init__(self, weight: Tensor, gram: Tensor, start: RoundedWeight, bits: int | Tensor, group_size: int) -> None:
         self.target = weight.to(gram.dtype).t().contiguous()
         self.gram = gram
         self.scales, self.zeros = start.scales.t().contiguous(), start.zeros.t().contiguous()
         self.group_size = group_size
-        self.low, self.high = -self.zeros, quant_max(bits) - self.zeros
+        self.low, self.high = -self.zeros, quant_maxima(bits) - self.zeros
         self._projected = gram @ self.target
         self.steps = start.codes.t().to(gram.dtype) - self.zeros.repeat_interleave(group_size, 0)
 

@@ -68,7 +68,7 @@ def fit(
     statistics: InputStatistics | None,
     held_out: InputStatistics | None = None,
     *,
-    bits: int,
+    bits: Sequence[int],
     group_size: int,
     krot: int,
     config: CalibrationConfig,
@@ -79,7 +79,7 @@ def fit(
         weights: the siblings' float weights.
         statistics: of their input; None weighs channels alike and judges rounding by plain squares.
         held_out: of the part of that input by which choices are made.
-        bits: width of a weight.
+        bits: width of each one's codes. The rotation does not depend on it: the range objective only changes scale.
         group_size: g.
         krot: rotation rounds.
         config: how to fit and to round.
@@ -89,7 +89,7 @@ def fit(
         found = fit_transform(
             weights,
             None if statistics is None else statistics.power.to(device),
-            bits=bits,
+            bits=bits[0],
             group_size=group_size,
             krot=krot,
             config=config,
@@ -133,7 +133,7 @@ def round_rotated(
     statistics: InputStatistics | None,
     held_out: InputStatistics | None,
     *,
-    bits: int,
+    bits: Sequence[int],
     config: CalibrationConfig,
     losses: tuple[float, float],
 ) -> FittedTransform:
@@ -147,7 +147,7 @@ def _round_rotated(
     transform: Rotated,
     statistics: InputStatistics | None,
     held_out: InputStatistics | None,
-    bits: int,
+    bits: Sequence[int],
     config: CalibrationConfig,
     losses: tuple[float, float],
 ) -> FittedTransform:
@@ -160,19 +160,20 @@ def _round_rotated(
     gram = transform.gram(statistics)
     grids = _choose_grids(rotated, diagonal_blocks(gram, transform.group_size), transform.group_size, bits, config)
     weight, sizes = torch.cat(list(rotated)), [len(one) for one in rotated]
+    widths = torch.tensor(bits, device=weight.device).repeat_interleave(torch.tensor(sizes, device=weight.device))
     scales, zeros = (torch.cat(one) for one in zip(*grids, strict=True))
     damping = config.damping[len(config.damping) // 2]
     if held_out is not None and 0 < held_out.count < statistics.count and len(config.damping) > 1:
         share = held_out.count / statistics.count
         held = transform.gram(held_out)
         rest = (gram - share * held) / (1 - share)
-        damping = choose_damping(weight, scales, zeros, rest, held, bits=bits, config=config)
+        damping = choose_damping(weight, scales, zeros, rest, held, bits=widths, config=config)
     rounded = round_with_feedback(
         weight,
         damped(gram, damping),
         scales,
         zeros,
-        bits=bits,
+        bits=widths,
         group_size=transform.group_size,
         sweeps=config.sweeps,
     )
@@ -193,13 +194,17 @@ def _round_rotated(
 
 
 def _choose_grids(
-    rotated: Sequence[Tensor], block_gram: Tensor | None, group_size: int, bits: int, config: CalibrationConfig
+    rotated: Sequence[Tensor],
+    block_gram: Tensor | None,
+    group_size: int,
+    bits: Sequence[int],
+    config: CalibrationConfig,
 ) -> tuple[tuple[Tensor, Tensor], ...]:
     return tuple(
         choose_clipped_qparams(
-            one, bits=bits, group_size=group_size, clip_ratios=config.clip_ratios, block_gram=block_gram
+            one, bits=width, group_size=group_size, clip_ratios=config.clip_ratios, block_gram=block_gram
         )
-        for one in rotated
+        for one, width in zip(rotated, bits, strict=True)
     )
 
 
@@ -208,11 +213,11 @@ def _nearest_errors(
     grids: Sequence[tuple[Tensor, Tensor]],
     gram: Tensor | None,
     group_size: int,
-    bits: int,
+    bits: Sequence[int],
 ) -> tuple[float, ...]:
     return tuple(
-        relative_error(one, affine.fake_quantize(one, *grid, bits, group_size), gram)
-        for one, grid in zip(rotated, grids, strict=True)
+        relative_error(one, affine.fake_quantize(one, *grid, width, group_size), gram)
+        for one, grid, width in zip(rotated, grids, bits, strict=True)
     )
 
 
@@ -223,15 +228,18 @@ def choose_damping(
     gram: Tensor,
     held_out: Tensor,
     *,
-    bits: int,
+    bits: int | Tensor,
     config: CalibrationConfig,
 ) -> float:
     """Return the candidate of `config.damping` whose rounding has the smallest error on held-out moments `(K, K)`.
+
+    `bits` are those of all rows, or of each, `(N,)`.
 
     It is judged on a sample of output channels, without the sweeps, which cost more than they would tell.
     """
     sample = slice(None, None, -(-len(weight) // _DAMPING_ROWS))
     weight, scales, zeros = weight[sample], scales[sample], zeros[sample]
+    bits = bits[sample] if isinstance(bits, Tensor) else bits
     group_size = weight.shape[1] // scales.shape[1]
 
     def error(damping: float) -> float:

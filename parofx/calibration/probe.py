@@ -99,7 +99,7 @@ def _fit(shape: TransformShape, config: CalibrationConfig, with_data: bool, bits
 
     def rounding() -> object:
         given = statistics if with_data else None
-        return round_rotated(rotated, transform, given, None, bits=bits, config=config, losses=(0.0, 0.0))
+        return round_rotated(rotated, transform, given, None, bits=[bits], config=config, losses=(0.0, 0.0))
 
     in_steps = _timed(lambda: fitted(steps), device) - _timed(lambda: fitted(0), device)
     per_step = max(0.0, in_steps) / max(steps, 1)

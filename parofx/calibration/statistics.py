@@ -120,6 +120,13 @@ class InputStatistics:
         """`E[x²]` per channel, fp32 `(K,)`; zeros before the first row."""
         return (self._sums.diagonal(dim1=1, dim2=2).flatten() / max(self.count, 1)).float()
 
+    def narrowed(self, group_size: int) -> InputStatistics:
+        """Return the moments inside smaller groups; fewer are kept."""
+        narrow = InputStatistics(self.in_features, group_size)
+        narrow.count = self.count
+        narrow._sums = torch.cat([diagonal_blocks(one, group_size) for one in self._sums])
+        return narrow
+
     def update(
         self, rows: Tensor, *, relative_to: OutputNorm | None = None, where: str = "a transform's inputs"
     ) -> None:

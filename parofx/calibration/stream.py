@@ -33,22 +33,23 @@ class BlockStream:
     def __init__(self, gm: GraphModule, batches: Sequence[Mapping[str, Any]]) -> None:
         masks = RowMasks(gm)
         masks.annotate(gm)
-        self._split = split_at_blocks(gm, gm.meta.get("parofx_blocks", ()))
+        #: A graph of one sub-graph per segment.
+        self.split = split_at_blocks(gm, gm.meta.get("parofx_blocks", ()))
         # Nobody asks for the model's outputs, so that being one of them keeps no value alive.
-        nodes = [node for node in self._split.graph.nodes if node.op != "output"]
+        nodes = [node for node in self.split.graph.nodes if node.op != "output"]
         self.segments: tuple[str, ...] = tuple(str(node.target) for node in nodes if node.op == "call_module")
         self._nodes = nodes
         self._last_use: dict[str, int] = {}
         for index, node in enumerate(nodes):
             self._last_use |= {source.name: index for source in node.all_input_nodes}
-        self.borders: list[Border] = [_bind_inputs(gm, nodes, batch) for batch in batches]
+        self.borders: list[Border] = [bind_inputs(gm, batch) for batch in batches]
         _check_inputs(gm, masks, self.borders)
         #: Per batch, the masks that speak of some tensor, by name.
         self.masks = [{name: border[name] for name in masks.names} for border in self.borders]
 
     def transforms_of(self, segment: str) -> list[str]:
         """Return the names of the transforms whose inputs a segment computes."""
-        graph = getattr(self._split, segment).graph
+        graph = getattr(self.split, segment).graph
         names = [node.meta.get("parofx_transform") for node in graph.nodes if node.target is ROTATE]
         return list(dict.fromkeys(name for name in names if name is not None))
 
@@ -68,7 +69,7 @@ class BlockStream:
 
     def module(self, segment: str) -> GraphModule:
         """Return a segment's graph."""
-        module = getattr(self._split, segment)
+        module = getattr(self.split, segment)
         assert isinstance(module, GraphModule)
         return module
 
@@ -96,7 +97,7 @@ class BlockStream:
 
     def _value(self, source: Any, border: Border) -> Any:
         if source.op == "get_attr":
-            return get_attribute(self._split, str(source.target))
+            return get_attribute(self.split, str(source.target))
         return border[source.name]
 
 
@@ -135,7 +136,7 @@ def _check_inputs(gm: GraphModule, masks: RowMasks, batches: Sequence[Border]) -
             )
 
 
-def _bind_inputs(gm: GraphModule, nodes: Sequence[Node], batch: Mapping[str, Any]) -> Border:
+def bind_inputs(gm: GraphModule, batch: Mapping[str, Any]) -> Border:
     """Return the graph's placeholders bound to a batch.
 
     Raises:
@@ -152,7 +153,7 @@ def _bind_inputs(gm: GraphModule, nodes: Sequence[Node], batch: Mapping[str, Any
             f"missing {missing}, unexpected {unexpected}"
         )
     leaves = pytree.tree_leaves((positional, {name: batch[name] for name in names}), is_leaf=lambda leaf: leaf is None)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != len(leaves):
         raise DataError(f"the captured graph takes {len(placeholders)} inputs, a calibration batch has {len(leaves)}")
     return {node.name: value for node, value in zip(placeholders, leaves, strict=True)}

@@ -24,7 +24,7 @@ from parofx.ops import DEFAULT_BITS
 #: `quant_method` of the published checkpoints.
 QUANT_METHOD = "paroquant"
 #: What the configuration lists of modules that differ from the rest, by its key.
-PER_MODULE = {"module_bits": "bits", "group_sizes": "group sizes"}
+PER_MODULE = {"module_bits": "bits", "group_sizes": "group sizes", "module_krots": "krots"}
 #: Any of these marks a module as quantized; the rest of its tensors must then be there too.
 _MARKS = ("qweight", "qzeros", "channel_scales")
 _FUSED_EXPERTS = tuple(
@@ -44,30 +44,29 @@ def paro_linears(model: nn.Module) -> dict[str, ParoLinear]:
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return the `quantization_config` of a model's `ParoLinear`s.
 
-    `bits` and `group_size` are the most frequent ones; if there are others, `module_bits` and `group_sizes` list the
-    modules that have them; `compensation_rank` is the highest, where there are low-rank corrections. So what is stored
-    in 4 bits and one group size is described as if there were nothing else.
+    `bits`, `group_size` and `krot` are the most frequent ones; if there are others, `module_bits`, `group_sizes` and
+    `module_krots` list the modules that have them; `compensation_rank` is the highest, where there are low-rank
+    corrections. So what is stored in 4 bits, one group size and one krot is described as if there were nothing else.
 
     Raises:
-        CheckpointError: if there is no `ParoLinear`, the model is one itself, or krot is not the same everywhere.
+        CheckpointError: if there is no `ParoLinear`, or the model is one itself.
     """
     linears = paro_linears(model)
     if not linears:
         raise CheckpointError("expected a model that holds ParoLinear modules, got none; call parofx.quantize first")
     if "" in linears:
         raise CheckpointError("a checkpoint names its linears, got a model that is itself a ParoLinear; wrap it")
-    krots = {linear.krot for linear in linears.values()}
-    if len(krots) > 1:
-        raise CheckpointError(f"a checkpoint has one krot, got {sorted(krots)}; quantize all linears with the same")
     sizes = Counter(linear.group_size for linear in linears.values())
     group_size = max(sizes, key=lambda size: (sizes[size], size))
+    krots = Counter(linear.krot for linear in linears.values())
+    krot = max(krots, key=lambda rounds: (krots[rounds], rounds))
     widths = Counter(linear.bits for linear in linears.values())
     bits = max(widths, key=lambda width: (widths[width], width == DEFAULT_BITS, width))
     config: dict[str, Any] = {
         "quant_method": QUANT_METHOD,
         "bits": bits,
         "group_size": group_size,
-        "krot": krots.pop(),
+        "krot": krot,
         "modules_to_not_convert": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
     }
     if len(sizes) > 1:
@@ -78,6 +77,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         config["module_bits"] = {name: linear.bits for name, linear in linears.items() if linear.bits != bits}
     if any(linear.compensation_rank for linear in linears.values()):
         config["compensation_rank"] = max(linear.compensation_rank for linear in linears.values())
+    if len(krots) > 1:
+        config["module_krots"] = {name: linear.krot for name, linear in linears.items() if linear.krot != krot}
     return config
 
 
@@ -156,7 +157,7 @@ def why_not_quantized(quantized: Quantized, config: Mapping[str, Any]) -> list[s
         stated = {
             "bits": listed["module_bits"].get(name, config.get("bits")),
             "group_size": listed["group_sizes"].get(name, config.get("group_size")),
-            "krot": config.get("krot"),
+            "krot": listed["module_krots"].get(name, config.get("krot")),
         }
         found = {
             "bits": packing.packed_bits(tensors["qweight"], tensors["scales"]),

@@ -22,7 +22,13 @@ def print_plan(plan: QuantizationPlan) -> None:
     table.add_row("kept float", reasons or "none")
     table.add_row("data", f"{plan.sequences} sequences, {plan.tokens} tokens" if plan.sequences else "weights alone")
     table.add_row("steps", f"{plan.steps} of the optimizer, {plan.transforms} fits")
-    table.add_row("checkpoint", f"{size(plan.checkpoint_bytes)}, {plan.bits_per_weight:.3f} bits per quantized weight")
+    most = "at most " if plan.budget_bytes else ""
+    table.add_row(
+        "checkpoint", f"{most}{size(plan.checkpoint_bytes)}, {plan.bits_per_weight:.3f} bits per quantized weight"
+    )
+    if plan.budget_bytes:
+        least, largest = plan.budget_bytes
+        table.add_row("formats", f"chosen in the run, between {size(least)} and {size(largest)} of quantized linears")
     memory = ", ".join(f"{name} {size(count)}" for name, count in plan.memory.items() if count)
     table.add_row("memory", f"at most {size(plan.peak_memory_bytes)} of tensors: {memory}")
     table.add_row("work folder", size(plan.disk_bytes) if plan.disk_bytes else "none")

@@ -3,7 +3,7 @@
 | stage | made by |
 |-|-|
 | FLOAT | `capture`, `normalize` |
-| PREPARED | `insert_transforms` |
+| PREPARED | `insert_transforms`, `allocate_bits` |
 | CALIBRATED | `calibrate` |
 | CONVERTED | `convert`, `merge_siblings`, `fuse_producers` |
 | LOWERED | `lower` |
@@ -21,6 +21,7 @@ from parofx import ops as _ops  # noqa: F401  (registers torch.ops.parofx)
 from parofx.passes.base import Pass, PassReport, Stage, in_stage_order, registered, stage_of
 
 if TYPE_CHECKING:
+    from parofx.passes.allocate_bits import AllocateBits
     from parofx.passes.calibrate import Calibrate
     from parofx.passes.convert import Convert
     from parofx.passes.fuse_producers import FuseProducers
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Normalize": "normalize",
     "InsertTransforms": "insert_transforms",
+    "AllocateBits": "allocate_bits",
     "Calibrate": "calibrate",
     "Convert": "convert",
     "MergeSiblings": "merge_siblings",
@@ -45,6 +47,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "AllocateBits",
     "Calibrate",
     "Convert",
     "FuseProducers",

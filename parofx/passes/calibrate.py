@@ -87,7 +87,7 @@ class Calibrate:
             [linear.weight for linear in transform.linears],
             statistics,
             held_out,
-            bits=transform.bits,
+            bits=[linear.bits for linear in transform.linears],
             group_size=transform.group_size,
             krot=transform.krot(gm),
             config=self.config.calibration,
@@ -99,7 +99,8 @@ class Calibrate:
 
         if not self.reuse:
             return make()
-        options = (transform.bits, transform.group_size, transform.krot(gm), self.config.calibration)
+        widths = tuple(linear.bits for linear in transform.linears)
+        options = (widths, transform.group_size, transform.krot(gm), self.config.calibration)
         return derived(("fit", options), [linear.parameter for linear in transform.linears], make)
 
 

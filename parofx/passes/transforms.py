@@ -63,6 +63,16 @@ class TransformedLinear:
         assert isinstance(rotated.args[0], Node)
         return rotated.args[0]
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether a call of it adds one."""
+        return any(len(call.args) > 2 and call.args[2] is not None for call in self.calls)
+
+    def set_bits(self, bits: int) -> None:
+        """Choose the width of its codes."""
+        args = self.fake_quantize.args
+        self.fake_quantize.args = (*args[:3], bits, *args[4:])
+
     def set_grid(self, gm: GraphModule, scales: Tensor, zeros: Tensor) -> None:
         """Switch fake quantization on with `scales` and `zeros (N, K/g)`."""
         _set_buffers(gm, self.fake_quantize.args[1:3], (scales, zeros))
@@ -87,7 +97,6 @@ class Transform:
     name: str
     block: str
     group_size: int
-    bits: int
     inputs: list[Node] = field(default_factory=list)
     linears: list[TransformedLinear] = field(default_factory=list)
 
@@ -126,6 +135,14 @@ class Transform:
         """Replace the rotation; θ and the channel scales are held in fp32, whatever precision they were rounded to."""
         _set_buffers(gm, self.inputs[0].args[1:4], (pairs, theta.float(), channel_scales.float().reshape(1, -1)))
 
+    def set_group_size(self, group_size: int) -> None:
+        """Choose the channels per group; pairs and angles that fit it must follow."""
+        rotated = [linear.fake_quantize.args[0] for linear in self.linears]
+        for node in (*self.inputs, *rotated, *(linear.fake_quantize for linear in self.linears)):
+            assert isinstance(node, Node)
+            node.args = (*node.args[:4], group_size)
+        self.group_size = group_size
+
     def halve_parameters(self, gm: GraphModule) -> None:
         """Hold θ and the channel scales as the checkpoint does, in fp16."""
         pairs, theta, channel_scales = self.parameters(gm)
@@ -147,7 +164,7 @@ def find_transforms(gm: GraphModule) -> list[Transform]:
     for node in nodes_calling(gm.graph, ROTATE):
         name = node.meta.get("parofx_transform")
         if name is not None:
-            found = transforms.setdefault(name, Transform(name, block_of(node, blocks), int(node.args[4]), bits=4))  # type: ignore[arg-type]
+            found = transforms.setdefault(name, Transform(name, block_of(node, blocks), int(node.args[4])))  # type: ignore[arg-type]
             found.inputs.append(node)
     for transform in transforms.values():
         weights: dict[Node, list[Node]] = {}
@@ -157,9 +174,6 @@ def find_transforms(gm: GraphModule) -> list[Transform]:
                 if source is not None:
                     weights.setdefault(source, []).append(call)
         for fake_quantize, calls in weights.items():
-            bits = fake_quantize.args[3]
-            assert isinstance(bits, int)
-            transform.bits = bits
             linear = TransformedLinear(fake_quantize.meta["parofx_linear"], fake_quantize, sorted(calls))
             transform.linears.append(linear)
     return list(transforms.values())

@@ -59,7 +59,7 @@ class Block:
     def fit(self, transform: Transform, config: CalibrationConfig) -> FittedTransform:
         weights = [linear.weight for linear in transform.linears]
         statistics = self.statistics[transform.name][0]
-        return fit(weights, statistics, bits=4, group_size=G, krot=3, config=config)
+        return fit(weights, statistics, bits=[4] * len(weights), group_size=G, krot=3, config=config)
 
     def trained(self, *, start: bool = True) -> list[TrainedTransform]:
         return [
@@ -68,7 +68,7 @@ class Block:
                 self.fits[one.name].theta if start else torch.zeros_like(self.fits[one.name].theta),
                 self.fits[one.name].channel_scales if start else torch.ones_like(self.fits[one.name].channel_scales),
                 {linear.name: linear.weight for linear in one.linears},
-                bits=4,
+                bits={linear.name: linear.bits for linear in one.linears},
                 group_size=G,
             )
             for one in self.transforms
@@ -91,7 +91,7 @@ def one_transform(dtype: torch.dtype = torch.float32) -> TrainedTransform:
     pairs = make_pairs(K, G, 2, seed=0)
     weight = graphs.rows(8, K, seed=3)
     transform = TrainedTransform(
-        pairs, 0.3 * graphs.rows(2, K // 2), torch.ones(1, K), {"w": weight}, bits=4, group_size=G
+        pairs, 0.3 * graphs.rows(2, K // 2), torch.ones(1, K), {"w": weight}, bits={"w": 4}, group_size=G
     )
     transform.theta, transform.log_alpha = transform.theta.to(dtype), (0.2 * graphs.rows(K, seed=5)).to(dtype)
     return transform

@@ -29,9 +29,10 @@ def statistics(seed: int = 0, *, full: bool = False, rows: int = 256) -> InputSt
     return result
 
 
-def fitted(given=None, observed=None, held_out=None, **options):
+def fitted(given=None, observed=None, held_out=None, bits=None, **options):
     config = CalibrationConfig(**({"steps": 30} | options))
-    return fit(given or weights(), observed, held_out, bits=4, group_size=G, krot=4, config=config)
+    given = given or weights()
+    return fit(given, observed, held_out, bits=bits or [4] * len(given), group_size=G, krot=4, config=config)
 
 
 @pytest.mark.parametrize(
@@ -142,3 +143,18 @@ def test_rotating_a_weight_divides_by_the_scales_that_are_stored():
     # An orthogonal rotation keeps the norm of what was scaled.
     expected = (weight.float() / result.channel_scales.float()).norm(dim=1)
     torch.testing.assert_close(rotated.norm(dim=1), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["nearest", "feedback"])
+def test_siblings_may_have_codes_of_different_widths(full):
+    """Each has the codes and the grid of its own width, as if all had it: the rotation does not depend on it."""
+    mixed = fitted(observed=statistics(full=full), bits=[3, 8])
+    uniform = {bits: fitted(observed=statistics(full=full), bits=[bits, bits]) for bits in (3, 8)}
+    for index, bits in enumerate((3, 8)):
+        assert torch.equal(mixed.theta, uniform[bits].theta)
+        assert mixed.errors[index] == uniform[bits].errors[index]
+        for part, expected in zip(mixed.grids[index], uniform[bits].grids[index], strict=True):
+            assert torch.equal(part, expected)
+        if full:
+            assert torch.equal(mixed.codes[index], uniform[bits].codes[index])
+    assert mixed.errors[0] > 100 * mixed.errors[1]

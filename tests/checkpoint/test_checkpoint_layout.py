@@ -30,6 +30,9 @@ def test_describe_lists_what_differs():
         "modules_to_not_convert": ["head"],
         "group_sizes": {"c": 64},
     }
+    mixed = Siblings()
+    mixed.c = round_linear(torch.randn(8, 64), None, random_rotation(64, 64, 3, seed=1), 64)
+    assert (layout.describe(mixed)["krot"], layout.describe(mixed)["module_krots"]) == (2, {"c": 3})
     assert "group_sizes" not in layout.describe(round_model(nn.Sequential(nn.Linear(64, 8))))
 
 
@@ -38,10 +41,6 @@ def test_describe_refuses():
         layout.describe(nn.Sequential(nn.Linear(64, 8)))
     with pytest.raises(CheckpointError, match="itself a ParoLinear; wrap it"):
         layout.describe(Siblings().a)
-    mixed = Siblings()
-    mixed.c = round_linear(torch.randn(8, 64), None, random_rotation(64, 64, 3, seed=1), 64)
-    with pytest.raises(CheckpointError, match=r"one krot, got \[2, 3\]"):
-        layout.describe(mixed)
 
 
 def test_exported_tensors_have_memory_of_their_own():
@@ -114,6 +113,8 @@ def quantized() -> layout.Quantized:
 
 def test_group_sizes_and_krot_come_from_the_tensors_and_may_not_be_contradicted():
     assert layout.why_not_quantized(quantized(), {"group_size": 32, "krot": 2, "group_sizes": {"c": 64}}) == []
+    listed = {"group_size": 32, "krot": 3, "group_sizes": {"c": 64}, "module_krots": {"a": 2, "b": 2, "c": 2}}
+    assert layout.why_not_quantized(quantized(), listed) == []
     assert layout.why_not_quantized(quantized(), {}) == []
     assert layout.why_not_quantized(quantized(), {"group_size": 64, "krot": 8, "group_sizes": {"d": 32}}) == [
         "d: in group_sizes, but not quantized",

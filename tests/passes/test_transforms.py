@@ -36,7 +36,7 @@ def test_transforms_are_read_off_the_graph_in_the_order_of_their_blocks() -> Non
     ]
     first = transforms[0]
     assert [one.name for one in first.linears] == ["whatever.0.gate", "whatever.0.up"]
-    assert (first.group_size, first.bits, len(first.inputs)) == (64, 4, 1)
+    assert (first.group_size, first.linears[0].bits, len(first.inputs)) == (64, 4, 1)
 
 
 def test_the_start_is_the_identity() -> None:

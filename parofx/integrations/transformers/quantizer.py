@@ -31,11 +31,12 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         bits: width of a weight, where `module_bits` says nothing else.
         group_size: input channels per scale and rotation group, where `group_sizes` says nothing else.
-        krot: rotation rounds.
+        krot: rotation rounds, where `module_krots` says nothing else.
         modules_to_not_convert: linears left float; informative, since the tensors tell.
         group_sizes: module name → group size, for the modules whose group size is another.
         module_bits: module name → bits, for the modules whose weights have another width.
         compensation_rank: highest rank of the modules' low-rank corrections, where there are such.
+        module_krots: module name → krot, for the modules with more or fewer rounds.
         other: what other writers add, kept as it is.
 
     Raises:
@@ -51,6 +52,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         group_sizes: dict[str, int] | None = None,
         module_bits: dict[str, int] | None = None,
         compensation_rank: int | None = None,
+        module_krots: dict[str, int] | None = None,
         quant_method: str = layout.QUANT_METHOD,
         **other: Any,
     ) -> None:
@@ -62,6 +64,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.group_sizes = group_sizes
         self.module_bits = module_bits
         self.compensation_rank = compensation_rank
+        self.module_krots = module_krots
         self.__dict__.update(other)
         problems = layout.why_not_readable(self.to_dict())
         if problems:
