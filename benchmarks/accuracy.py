@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import statistics
 import time
@@ -80,7 +81,7 @@ _MEANS = (
     "quantize_cpu_seconds",
 )  # fmt: skip
 #: Options in which all runs of a table must agree.
-_COMMON = ("calibration", "evaluation", "samples", "seqlen", "windows", "dtype", "kl", "kl_windows")
+_COMMON = ("model", "digest", "calibration", "evaluation", "samples", "seqlen", "windows", "dtype", "kl", "kl_windows")
 
 
 def main() -> None:
@@ -92,7 +93,8 @@ def main() -> None:
     if options.write_tokens:
         save_file({"input_ids": calibration}, options.write_tokens)
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"accuracy-{Path(options.model).stem}.json"
+    options.digest = _digest(calibration, windows)
+    target = RESULTS / f"accuracy-{_model_name(options)}.json"
     rows = _earlier_rows(options, target)
     if "float" not in rows:
         result = evaluate(model, windows, batch_size=options.batch_size, progress=True)
@@ -105,7 +107,10 @@ def main() -> None:
         for seed in options.seeds[:1] if name in _SEEDLESS else options.seeds:
             if seed in done or (done and name in _SEEDLESS):
                 continue
-            seeded = replace(config, calibration=replace(config.calibration, seed=seed))
+            given = replace(
+                config.calibration, seed=seed, samples=len(calibration), seqlen=max(2, calibration.shape[1])
+            )
+            seeded = replace(config, calibration=given)
             quantized, _ = load_model(options.model, dtype=dtype)
             start = time.perf_counter(), time.process_time()
             report = parofx.quantize(quantized, seeded, calibration=calibration if with_data else None)
@@ -117,6 +122,10 @@ def main() -> None:
             gc.collect()
     for folder in options.peer:
         peer = json.loads((Path(folder) / "peer.json").read_text())
+        if peer.get("tokens") not in (None, _digest(calibration)):
+            raise SystemExit(
+                f"{folder} was calibrated on other tokens: write them with --write-tokens, and run it again"
+            )
         quantized, _ = load_model(folder, dtype=dtype)
         if any(isinstance(module, parofx.ParoLinear) for module in quantized.modules()):
             quantized = parofx.dequantize(quantized, dtype=dtype)
@@ -170,10 +179,21 @@ def _data(options: argparse.Namespace, tokenizer: Any) -> tuple[torch.Tensor, to
         source[torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count]]
         for source, count in zip(sources, counts, strict=True)
     ]
+    if [len(one) for one in drawn] != counts:
+        raise SystemExit(f"--samples {options.samples}: the files hold {[len(one) for one in sources]} sequences")
     calibration = torch.cat(drawn)
     # Held-out sequences are the last ones, and have to be of every source.
     calibration = calibration[torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))]
     return calibration, pack_tokens(evaluation, tokenizer, seqlen=options.seqlen)[: options.windows]
+
+
+def _model_name(options: argparse.Namespace) -> str:
+    """Return the last part of the model's name; what follows a dot in it is no ending, but for GGUF files."""
+    return Path(options.model).name.removesuffix(".gguf")
+
+
+def _digest(*tokens: torch.Tensor) -> str:
+    return hashlib.sha256(b"".join(one.numpy().tobytes() for one in tokens)).hexdigest()[:16]
 
 
 def _evaluate(model: Any, reference: Any, windows: torch.Tensor, options: argparse.Namespace) -> EvalResult:
@@ -237,7 +257,7 @@ def _save(rows: dict[str, Any], options: argparse.Namespace, target: Path) -> No
 
 def _print(rows: dict[str, Any], options: argparse.Namespace) -> None:
     windows = rows["float"]["seeds"][0]["windows"]
-    title = f"{Path(options.model).stem}, {windows} windows of {options.seqlen} tokens"
+    title = f"{_model_name(options)}, {windows} windows of {options.seqlen} tokens"
     table = Table(title=title)
     for heading in (
         "weights",
@@ -273,7 +293,7 @@ def _print(rows: dict[str, Any], options: argparse.Namespace) -> None:
             str(len(row["seeds"])),
         )
     Console(width=160).print(table)
-    _plot(rows, title, RESULTS / f"accuracy-{Path(options.model).stem}.png")
+    _plot(rows, title, RESULTS / f"accuracy-{_model_name(options)}.png")
 
 
 def _plot(rows: dict[str, Any], title: str, path: Path) -> None:

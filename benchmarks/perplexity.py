@@ -60,7 +60,7 @@ def main() -> None:
         gc.collect()
     _print(rows, options)
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"perplexity-{Path(options.model).stem}.json"
+    target = RESULTS / f"perplexity-{Path(options.model).name.removesuffix('.gguf')}.json"
     target.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "rows": rows}, indent=1))
 
 
@@ -99,7 +99,9 @@ def _note(rows: dict[str, dict[str, Any]], name: str, result: EvalResult, bits: 
 
 
 def _print(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
-    table = Table(title=f"{Path(options.model).stem}, {options.windows} windows of {options.seqlen} tokens")
+    table = Table(
+        title=f"{Path(options.model).name.removesuffix('.gguf')}, {options.windows} windows of {options.seqlen} tokens"
+    )
     for heading in ("weights", "bits", "perplexity", "gap / nearest's gap", "KL", "top-1", "seconds"):
         table.add_column(heading, justify="left" if heading == "weights" else "right")
     base = rows["float"]["perplexity"]

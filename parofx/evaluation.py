@@ -10,6 +10,7 @@ Tokens of a window depend on one another, so standard errors are taken over wind
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import math
 import time
@@ -133,12 +134,17 @@ def reference_head(model: nn.Module, reference: nn.Module) -> Iterator[bool]:
     """Let a model with a quantized output head use the reference's, for as long as the context lasts.
 
     What then is left of the divergence is that of all other linears. Yields whether there is a quantized head, and the
-    reference has one to lend.
+    reference has one of its size to lend.
     """
-    own, lent = kept_float.output_head(model), kept_float.output_head(reference)
-    if not isinstance(own, ParoLinear) or lent is None:
+    own = kept_float.output_head(model)
+    lent: Any = kept_float.output_head(reference)
+    sizes = ("in_features", "out_features")
+    if not isinstance(own, ParoLinear) or any(getattr(lent, one, None) != getattr(own, one) for one in sizes):
         yield False
         return
+    device = next(buffer.device for buffer in own.buffers())
+    dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), None)
+    lent = copy.deepcopy(lent).to(device=device, dtype=dtype)
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module is own]
     try:
         for name in names:

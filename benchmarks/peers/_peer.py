@@ -6,6 +6,7 @@ It runs in the peer's environment, which has PyTorch and transformers but not pa
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import time
@@ -85,6 +86,10 @@ def describe(
         "bits_per_weight": bits_per_weight,
         "seconds": seconds[0],
         "cpu_seconds": seconds[1],
+        # Which calibration text this was, for `benchmarks.accuracy` to compare.
+        "tokens": hashlib.sha256(calibration_tokens(options.tokens).numpy().tobytes()).hexdigest()[:16]
+        if options.tokens
+        else None,
     }
     (Path(options.out) / "peer.json").write_text(json.dumps(peer))
     print(peer)

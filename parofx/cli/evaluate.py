@@ -86,6 +86,10 @@ def evaluate(
         raise ConfigError("there is nothing to measure: give --text, --task or both")
     if task and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--task needs lm-evaluation-harness: pip install 'parofx[eval]'")
+    if task:
+        from parofx.integrations.lm_eval import find_tasks
+
+        find_tasks(task, include_path or ())  # before the work, not after it
     loaded = load(
         model, revision=revision, offline=offline, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
@@ -100,11 +104,16 @@ def evaluate(
     measured: dict[str, Any] = {"model": model, "reference": reference, "text": text}
     if text is not None:
         measured |= _on_text(text, loaded, other, windows, seqlen, batch_size, compile)
+        _write(json_file, measured)  # what comes may fail
     if task:
         options = {"include": include_path or (), "limit": limit, "fewshot": fewshot, "batch_size": batch_size or 8}
         measured["tasks"] = _on_tasks(task, loaded, other, options, compile)
-    if json_file is not None:
-        write_json(json_file, measured)
+        _write(json_file, measured)
+
+
+def _write(path: Path | None, measured: dict[str, Any]) -> None:
+    if path is not None:
+        write_json(path, measured)
 
 
 def _on_text(
@@ -128,17 +137,16 @@ def _on_text(
         table.add_row("KL divergence (nats)", _with_error(result.kl_mean, result.kl_error))
         table.add_row("KL, 99th percentile", f"{result.kl_p99:.4f}")
         table.add_row("top-1 agreement", f"{result.top1_agreement:.2%}")
+    table.add_row("seconds", f"{result.seconds:.1f}")
+    console.print(table)
     found = result.to_dict()
     if other is not None:
         with evaluation.reference_head(loaded.model, other) as quantized:
             if quantized:
-                float_head = evaluation.evaluate(
-                    measured, tokens, reference=other, batch_size=batch_size, progress=True
-                )
-                found["kl_mean_float_head"] = float_head.kl_mean
-                table.add_row("KL with a float output head", _with_error(float_head.kl_mean, float_head.kl_error))
-    table.add_row("seconds", f"{result.seconds:.1f}")
-    console.print(table)
+                rest = evaluation.evaluate(measured, tokens, reference=other, batch_size=batch_size, progress=True)
+                found["kl_mean_float_head"] = rest.kl_mean
+                without = _with_error(rest.kl_mean, rest.kl_error)
+                console.print(f"KL with a float output head {without}: the rest is the head's", highlight=False)
     return found
 
 

@@ -127,8 +127,12 @@ def test_eval_tells_what_a_quantized_head_costs(files: Files, run: Run, tmp_path
         assert quantized
         assert isinstance(model.lm_head, torch.nn.Linear)
     assert model.lm_head is head
-    with reference_head(tiny.model(), tiny.model()) as quantized:
-        assert not quantized
+    with reference_head(model.bfloat16(), tiny.model(vocab_size=24)) as quantized:
+        assert quantized
+        assert model.lm_head.weight.dtype == torch.bfloat16
+    for other in (tiny.model(vocab_size=32), tiny.model(vocab_size=24, hidden_size=128)):
+        with reference_head(model, other) as quantized:
+            assert not quantized
 
 
 @pytest.mark.slow
@@ -175,6 +179,9 @@ def test_eval_scores_tasks(files: Files, run: Run, tmp_path: Path) -> None:
     assert 0 <= found["value"] <= 1
     assert 0 <= found["reference"] <= 1
     assert "reference" in printed
+    status, output, _ = run("eval", "./missing", "--task", "lake", "--include-path", tmp_path)
+    assert status == 2
+    assert "names that lm-eval knows, got ['lake']" in " ".join(output.split())
 
 
 def test_generate_continues_each_prompt(files: Files, run: Run) -> None:

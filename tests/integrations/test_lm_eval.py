@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from parofx.errors import ConfigError, DataError
 
 lm_eval = pytest.importorskip("lm_eval")
 
-from parofx.integrations.lm_eval import ParoLM, TaskScore, run_tasks  # noqa: E402  (needs lm-eval)
+from parofx.integrations.lm_eval import ParoLM, TaskScore, find_tasks, run_tasks  # noqa: E402  (needs lm-eval)
 
 QUESTIONS = [
     {"question": "why the", "choices": [" sea", " ships ?", " the"], "answer": 0},
@@ -96,7 +97,31 @@ def test_what_cannot_be_run_is_said(tasks: Path) -> None:
         run_tasks(model, tokenizer, ["sea", "lake"], include=[tasks])
     with pytest.raises(ConfigError, match="got none"):
         run_tasks(model, tokenizer, [], include=[tasks])
-    with pytest.raises(DataError, match="lm-eval could not run harbour"):
+    with pytest.raises(DataError, match="lm-eval could not load harbour"):
         run_tasks(model, tokenizer, ["harbour"], include=[tasks])
     with pytest.raises(DataError, match="has no tokenizer"):
         ParoLM(model)
+    with pytest.raises(DataError, match="has no tokenizer"):
+        run_tasks(model, None, ["sea"], include=[tasks])
+    with pytest.raises(ConfigError, match=r"got \['peft', 'subfolder'\], accepted are revision"):
+        ParoLM(model, tokenizer, peft="adapter", subfolder="x")
+    with pytest.raises(ConfigError, match=r"got dtype 'torch.float32', accepted"):
+        ParoLM(model, tokenizer, dtype="torch.float32")
+
+
+def test_the_caller_finds_everything_as_it_was(tasks: Path) -> None:
+    model = tiny.model().train()
+    before = torch.get_rng_state(), random.getstate()
+    run_tasks(model, tiny.tokenizer(), ["sea"], include=[tasks])
+    assert model.training
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+
+
+def test_a_group_may_hold_tasks_of_lm_eval(tasks: Path, tmp_path: Path) -> None:
+    group = {"group": "harbours", "task": ["sea", "arc_easy"]}
+    for name in ("sea.yaml", "sea.jsonl"):
+        (tmp_path / name).write_text((tasks / name).read_text())
+    (tmp_path / "harbours.yaml").write_text(json.dumps(group))
+    assert "arc_easy" in find_tasks(["harbours"], [tmp_path]).all_tasks
+    assert "arc_easy" not in find_tasks(["sea"], [tmp_path]).all_tasks
