@@ -14,7 +14,7 @@ from parofx.nn import ParoLinear
 def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every `ParoLinear` by a float linear, in place, and forget the quantization configuration.
 
-    The weights are in the unrotated space: only the rounding to 4 bit remains of the quantization.
+    The weights are in the unrotated space: only the rounding remains of the quantization.
 
     Args:
         model: any module; a transformers model gets the linear class its architecture has (`Conv1D` in GPT-2).

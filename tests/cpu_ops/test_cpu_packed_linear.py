@@ -58,7 +58,8 @@ def test_opcheck(krot: int, bias: bool, requires_grad: bool, bits: int) -> None:
     torch.library.opcheck(ops.unpack_cpu_rotation.default, (rotation, theta, 32))
     for shape in ((64,), (0, 64), (3, 5, 64)):
         x = torch.randn(shape, requires_grad=requires_grad)
-        arguments = (x, rotation, theta, *weight, torch.randn(64).half() if bias else None, 32, bits)
+        halves = (torch.randn(3, 64).half(), torch.randn(3, 64).half()) if bits != 4 else ()
+        arguments = (x, rotation, theta, *weight, torch.randn(64).half() if bias else None, 32, bits, *halves)
         torch.library.opcheck(ops.rotate_int4_cpu_linear.default, arguments)
 
 
