@@ -71,9 +71,16 @@ ROWS: dict[str, tuple[ParoConfig, bool]] = {
     "ablation: own transform per linear": (ParoConfig(share_siblings=False, calibration=FAST), True),
     "ablation: rows count alike": (ParoConfig(calibration=replace(FAST, row_weights="equal")), True),
     "ablation: group size 64": (ParoConfig(group_size=64, calibration=FAST), True),
+    "ablation: formats chosen, bits of 4": (ParoConfig(calibration=FAST), True),
+    "ablation: 3 bits": (ParoConfig(bits=3, calibration=FAST), True),
+    "ablation: formats chosen, bits of 3": (ParoConfig(bits=3, calibration=FAST), True),
+    "ablation: rank 4": (ParoConfig(calibration=replace(FAST, compensation_rank=4)), True),
+    "ablation: formats chosen, bits of rank 4": (ParoConfig(calibration=replace(FAST, compensation_rank=4)), True),
 }
 #: Rows that are the same whatever the seed.
 _SEEDLESS = ("round to nearest", _GPTQ, "ablation: no transform")
+#: Rows whose formats are chosen under a budget: the bits that their configuration takes.
+_CHOSEN = "ablation: formats chosen*"
 #: What is averaged over seeds.
 _MEANS = (
     "perplexity", "perplexity_error", "kl_mean", "kl_error", "kl_p99", "top1_agreement", "quantize_seconds",
@@ -105,6 +112,8 @@ def main() -> None:
         for seed in options.seeds[:1] if name in _SEEDLESS else options.seeds:
             if seed in done or (done and name in _SEEDLESS):
                 continue
+            if fnmatch(name, _CHOSEN) and config.calibration.bits_budget is None:
+                config = _with_budget(config, model)
             seeded = replace(config, calibration=replace(config.calibration, seed=seed))
             quantized, _ = load_model(options.model, dtype=dtype)
             start = time.perf_counter(), time.process_time()
@@ -174,6 +183,12 @@ def _data(options: argparse.Namespace, tokenizer: Any) -> tuple[torch.Tensor, to
     # Held-out sequences are the last ones, and have to be of every source.
     calibration = calibration[torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))]
     return calibration, pack_tokens(evaluation, tokenizer, seqlen=options.seqlen)[: options.windows]
+
+
+def _with_budget(config: ParoConfig, model: Any) -> ParoConfig:
+    """Return a configuration that may spend on formats what another takes, corrections included."""
+    budget = parofx.plan_quantization(model, config).bits_per_weight
+    return replace(config, calibration=replace(config.calibration, bits_budget=budget, compensation_rank=0))
 
 
 def _evaluate(model: Any, reference: Any, windows: torch.Tensor, options: argparse.Namespace) -> EvalResult:
