@@ -5,7 +5,7 @@ import dataclasses
 import graphs
 import pytest
 import torch
-from test_fitting import G, K, inputs, statistics, weights
+from test_fitting import G, inputs, statistics, weights
 
 import parofx
 from parofx import CalibrationConfig, ParoConfig
