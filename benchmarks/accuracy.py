@@ -72,9 +72,16 @@ ROWS: dict[str, tuple[ParoConfig, bool]] = {
     "ablation: own transform per linear": (ParoConfig(share_siblings=False, calibration=FAST), True),
     "ablation: rows count alike": (ParoConfig(calibration=replace(FAST, row_weights="equal")), True),
     "ablation: group size 64": (ParoConfig(group_size=64, calibration=FAST), True),
+    "ablation: formats chosen, bits of 4": (ParoConfig(calibration=FAST), True),
+    "ablation: 3 bits": (ParoConfig(bits=3, calibration=FAST), True),
+    "ablation: formats chosen, bits of 3": (ParoConfig(bits=3, calibration=FAST), True),
+    "ablation: rank 4": (ParoConfig(calibration=replace(FAST, compensation_rank=4)), True),
+    "ablation: formats chosen, bits of rank 4": (ParoConfig(calibration=replace(FAST, compensation_rank=4)), True),
 }
 #: Rows that are the same whatever the seed.
 _SEEDLESS = ("round to nearest", _GPTQ, "ablation: no transform")
+#: Rows whose formats are chosen under a budget: the bits that their configuration takes.
+_CHOSEN = "ablation: formats chosen*"
 #: What is averaged over seeds.
 _MEANS = (
     "perplexity", "perplexity_error", "kl_mean", "kl_error", "kl_p99", "top1_agreement", "quantize_seconds",
@@ -107,6 +114,8 @@ def main() -> None:
         for seed in options.seeds[:1] if name in _SEEDLESS else options.seeds:
             if seed in done or (done and name in _SEEDLESS):
                 continue
+            if fnmatch(name, _CHOSEN) and config.calibration.bits_budget is None:
+                config = _with_budget(config, model)
             given = replace(
                 config.calibration, seed=seed, samples=len(calibration), seqlen=max(2, calibration.shape[1])
             )
@@ -194,6 +203,12 @@ def _model_name(options: argparse.Namespace) -> str:
 
 def _digest(*tokens: torch.Tensor) -> str:
     return hashlib.sha256(b"".join(one.numpy().tobytes() for one in tokens)).hexdigest()[:16]
+
+
+def _with_budget(config: ParoConfig, model: Any) -> ParoConfig:
+    """Return a configuration that may spend on formats what another takes, corrections included."""
+    budget = parofx.plan_quantization(model, config).bits_per_weight
+    return replace(config, calibration=replace(config.calibration, bits_budget=budget, compensation_rank=0))
 
 
 def _evaluate(model: Any, reference: Any, windows: torch.Tensor, options: argparse.Namespace) -> EvalResult:

@@ -83,6 +83,7 @@ class CalibrationConfig:
         batch_size: sequences per forward.
         bits_budget: bits per quantized weight, scales, zeros and rotations counted, that may be spent. Widths, group
             sizes and rotation rounds are then chosen for each linear, where they lose least; None leaves all alike.
+        compensation_rank: rank of a correction in fp16 that is added to each rounded weight; 0 for none.
         work_dir: folder for per-block results; with it a killed run resumes at the block it was in.
         resume: use what an earlier run with the same options left in `work_dir`.
     """
@@ -112,6 +113,7 @@ class CalibrationConfig:
     validation_samples: int = _BY_RECIPE
     batch_size: int = _BY_RECIPE
     bits_budget: float | None = None
+    compensation_rank: int = 0
     work_dir: str | None = None
     resume: bool = True
 
@@ -126,7 +128,7 @@ class CalibrationConfig:
                 object.__setattr__(self, name, value)
         for name in ("rows", "samples", "batch_size"):
             problems += _check_int(name, getattr(self, name), 1)
-        for name in ("steps", "sweeps", "validation_samples", "seed"):
+        for name in ("steps", "sweeps", "validation_samples", "seed", "compensation_rank"):
             problems += _check_int(name, getattr(self, name), 0)
         for name in ("transform_epochs", "weight_epochs", "tune_epochs"):
             problems += _check_int(name, getattr(self, name), 0)
@@ -140,6 +142,11 @@ class CalibrationConfig:
             rate = getattr(self, name)
             if not _is_number(rate) or not 0 < rate < 10:
                 problems.append(f"{name} must be in (0, 10), got {rate!r}")
+        if not problems and self.compensation_rank and self.trains_blocks:
+            problems.append(
+                f"compensation_rank must be 0 in a recipe that trains blocks, got {self.compensation_rank!r}; "
+                "use recipe='fast'"
+            )
         if self.bits_budget is not None and (not _is_number(self.bits_budget) or not 0 < self.bits_budget < math.inf):
             problems.append(f"bits_budget must be a number of bits above 0, or None, got {self.bits_budget!r}")
         for name in ("clip_ratios", "damping"):

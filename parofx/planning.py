@@ -7,7 +7,6 @@ checkpoint's bytes are those of the run itself; memory and disk are bounds, and 
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,11 +18,11 @@ from torch.fx import GraphModule
 
 from parofx.calibration.data import SELF_SOURCE
 from parofx.calibration.data_run import first_held_out
+from parofx.calibration.format_losses import TransformFormat, stored_bytes
 from parofx.calibration.memory import TransformShape, disk_bytes, memory_terms
 from parofx.calibration.probe import estimate_seconds
 from parofx.calibration.traffic import measure_segments, size_of
 from parofx.config import ParoConfig
-from parofx.linear_tensors import tensor_specs
 from parofx.passes.allocate_bits import AllocateBits
 from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.transforms import Transform, find_transforms
@@ -146,7 +145,7 @@ def plan_quantization(
     transforms = find_transforms(gm)
     budgeted = config.calibration.bits_budget is not None and transforms
     budget_bytes = AllocateBits(config).byte_range(gm) if budgeted else None
-    linears = tuple(linear for transform in transforms for linear in _planned(gm, transform))
+    linears = tuple(linear for transform in transforms for linear in _planned(gm, transform, config))
     with_data = batches is not None and config.calibration.recipe != "data-free"
     segments = measure_segments(gm, batches or ()) if with_data else ()
     shapes = [_shape(gm, transform) for transform in transforms]
@@ -197,14 +196,12 @@ def _to_meta(value: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, lambda one: one.detach().to("meta"), value)
 
 
-def _planned(gm: GraphModule, transform: Transform) -> list[PlannedLinear]:
-    krot, found = transform.krot(gm), []
+def _planned(gm: GraphModule, transform: Transform, config: ParoConfig) -> list[PlannedLinear]:
+    krot, rank, found = transform.krot(gm), config.calibration.compensation_rank, []
     for linear in transform.linears:
         out_features, in_features = linear.weight.shape
-        specs = tensor_specs(
-            in_features, out_features, transform.group_size, krot, bias=linear.has_bias, bits=linear.bits
-        )
-        stored = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        form = TransformFormat(transform.group_size, krot)
+        stored = stored_bytes(in_features, out_features, form, linear.bits, bias=linear.has_bias, rank=rank)
         sizes = (in_features, out_features, linear.bits, transform.group_size, krot)
         found.append(PlannedLinear(linear.name, *sizes, transform.name, transform.block, stored))
     return found

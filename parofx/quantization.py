@@ -237,6 +237,7 @@ def _linear_report(gm: GraphModule, name: str, module: ParoLinear) -> LinearRepo
         packed_bytes=module.packed_bytes(),
         nearest_error=gm.meta["parofx_nearest_errors"].get(name),
         predicted_loss=gm.meta.get("parofx_predicted_losses", {}).get(name),
+        uncorrected_error=gm.meta["parofx_uncorrected_errors"].get(name),
     )
 
 

@@ -35,7 +35,8 @@ class LinearReport:
     `transform` names the rotation it uses: siblings have the same. `relative_error` is the expected squared output
     error over the expected squared output, from the calibration statistics (from the weights alone without data);
     `nearest_error` is that of rounding to nearest in the same rotation, where it was not what was done. With a bits
-    budget `predicted_loss` is what its format was expected to cost, as KL divergence in nats if there was data.
+    budget `predicted_loss` is what its format was expected to cost, as KL divergence in nats if there was data. With a
+    low-rank correction `uncorrected_error` is the relative error before it was fitted.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LinearReport:
     packed_bytes: int
     nearest_error: float | None = None
     predicted_loss: float | None = None
+    uncorrected_error: float | None = None
 
 
 @dataclass(frozen=True)

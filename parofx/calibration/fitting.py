@@ -35,6 +35,8 @@ class FittedTransform:
         codes: uint8 `(N_i, K)` per linear; None where they are the nearest ones to the model's own weight.
         nearest_errors: `errors` of the same grids with the nearest codes.
         damping: of error feedback; None without.
+        corrections: `(up (N_i, r), down (r, K))` per linear, fp16, added to the rounded rotated weight; None without.
+        uncorrected_errors: `errors` without them.
     """
 
     pairs: Tensor
@@ -47,6 +49,8 @@ class FittedTransform:
     codes: tuple[Tensor, ...] | None = None
     nearest_errors: tuple[float, ...] | None = None
     damping: float | None = None
+    corrections: tuple[tuple[Tensor, Tensor], ...] | None = None
+    uncorrected_errors: tuple[float, ...] | None = None
 
     @property
     def angle_rms(self) -> float:
@@ -54,7 +58,7 @@ class FittedTransform:
         return float(self.theta.float().square().mean().sqrt()) if self.theta.numel() else 0.0
 
     def weight(self, index: int) -> Tensor | None:
-        """Return what a linear's weight has become, fp32 `(N, K)` in the unrotated space; None where it stays."""
+        """Return what a linear's weight was rounded to, fp32 `(N, K)` in the unrotated space; None where it stays."""
         if self.codes is None:
             return None
         group_size = self.pairs.shape[1] // self.grids[index][0].shape[1]

@@ -33,9 +33,12 @@ class TransformFormat:
     krot: int
 
 
-def stored_bytes(in_features: int, out_features: int, form: TransformFormat, bits: int, *, bias: bool) -> int:
-    """Return the bytes of a linear's checkpoint tensors, its copy of the rotation included."""
-    specs = tensor_specs(in_features, out_features, form.group_size, form.krot, bias=bias, bits=bits)
+def stored_bytes(
+    in_features: int, out_features: int, form: TransformFormat, bits: int, *, bias: bool, rank: int = 0
+) -> int:
+    """Return the bytes of a linear's checkpoint tensors, its copy of the rotation and its correction included."""
+    rank = min(rank, in_features, out_features)
+    specs = tensor_specs(in_features, out_features, form.group_size, form.krot, bias=bias, bits=bits, rank=rank)
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
 
 

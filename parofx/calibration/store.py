@@ -150,6 +150,10 @@ def pack_fit(name: str, fitted: FittedTransform) -> dict[str, Tensor]:
         tensors["nearest_errors"] = torch.tensor(fitted.nearest_errors, dtype=torch.float64)
     if fitted.damping is not None:
         tensors["damping"] = torch.tensor(fitted.damping, dtype=torch.float64)
+    for index, (up, down) in enumerate(fitted.corrections or ()):
+        tensors |= {f"up{index}": up, f"down{index}": down}
+    if fitted.uncorrected_errors is not None:
+        tensors["uncorrected_errors"] = torch.tensor(fitted.uncorrected_errors, dtype=torch.float64)
     return {f"{name}|{key}": tensor for key, tensor in tensors.items()}
 
 
@@ -166,12 +170,15 @@ def _unpack_fit(parts: Mapping[str, Tensor]) -> FittedTransform:
     before, after = parts["losses"].tolist()
     grids = tuple((parts[f"scales{index}"], parts[f"zeros{index}"]) for index in range(len(parts["errors"])))
     rotation = (parts["pairs"], parts["theta"], parts["channel_scales"])
-    feedback: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if "codes0" in parts:
-        feedback["codes"] = tuple(parts[f"codes{index}"] for index in range(len(grids)))
-        feedback["nearest_errors"] = tuple(parts["nearest_errors"].tolist())
-        feedback["damping"] = parts["damping"].item()
-    return FittedTransform(*rotation, grids, tuple(parts["errors"].tolist()), before, after, **feedback)
+        found["codes"] = tuple(parts[f"codes{index}"] for index in range(len(grids)))
+    if "up0" in parts:
+        found["corrections"] = tuple((parts[f"up{index}"], parts[f"down{index}"]) for index in range(len(grids)))
+    found |= {name: tuple(parts[name].tolist()) for name in ("nearest_errors", "uncorrected_errors") if name in parts}
+    if "damping" in parts:
+        found["damping"] = parts["damping"].item()
+    return FittedTransform(*rotation, grids, tuple(parts["errors"].tolist()), before, after, **found)
 
 
 def _digest_value(digest: Any, value: Any) -> None:

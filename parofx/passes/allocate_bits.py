@@ -108,7 +108,8 @@ class AllocateBits:
             rows = len(linear.weight)
             widths = tuple(width for width in PACKED_BITS if rows % COLUMNS_PER_RUN[width] == 0)
             bits.append((linear.bits,) if config.lm_head != "float" and rows in vocabularies else widths)
-        return _Candidates(transform, tuple(dict.fromkeys(forms)), tuple(bits))
+        rank = config.calibration.compensation_rank
+        return _Candidates(transform, tuple(dict.fromkeys(forms)), tuple(bits), rank)
 
     def _budget(self, candidates: Sequence[_Candidates]) -> int:
         """Return the bytes that may be spent."""
@@ -150,16 +151,17 @@ class AllocateBits:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The formats that a transform may take, and the widths of each of its linears."""
+    """The formats that a transform may take, the widths of each of its linears, and the rank of its corrections."""
 
     transform: Transform
     forms: tuple[TransformFormat, ...]
     bits: tuple[tuple[int, ...], ...]
+    rank: int
 
     def options(self, losses: Losses, form: TransformFormat) -> list[list[Option]]:
         """Return each linear's options in one form."""
         return [
-            [Option(_stored(linear, form, width), loss) for width, loss in zip(widths, part, strict=True)]
+            [Option(_stored(linear, form, width, self.rank), loss) for width, loss in zip(widths, part, strict=True)]
             for linear, widths, part in zip(self.transform.linears, self.bits, losses, strict=True)
         ]
 
@@ -171,9 +173,9 @@ def _costs(candidates: Sequence[_Candidates]) -> list[list[Variant]]:
     ]
 
 
-def _stored(linear: TransformedLinear, form: TransformFormat, bits: int) -> int:
+def _stored(linear: TransformedLinear, form: TransformFormat, bits: int, rank: int) -> int:
     out_features, in_features = linear.weight.shape
-    return stored_bytes(in_features, out_features, form, bits, bias=linear.has_bias)
+    return stored_bytes(in_features, out_features, form, bits, bias=linear.has_bias, rank=rank)
 
 
 def _reform(gm: GraphModule, transform: Transform, form: TransformFormat, config: ParoConfig) -> bool:

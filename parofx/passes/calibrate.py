@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule
 
+from parofx.calibration.compensation import fit_corrections
 from parofx.calibration.data_run import DataRun
 from parofx.calibration.fitting import FittedTransform, fit
 from parofx.calibration.processes import process_index
@@ -83,15 +84,13 @@ class Calibrate:
         held_out: InputStatistics | None = None,
     ) -> FittedTransform:
         """Fit one transform on given statistics."""
-        return fit(
-            [linear.weight for linear in transform.linears],
-            statistics,
-            held_out,
-            bits=[linear.bits for linear in transform.linears],
-            group_size=transform.group_size,
-            krot=transform.krot(gm),
-            config=self.config.calibration,
-        )
+        weights = [linear.weight for linear in transform.linears]
+        bits, config = [linear.bits for linear in transform.linears], self.config.calibration
+        sizes = {"group_size": transform.group_size, "krot": transform.krot(gm)}
+        fitted = fit(weights, statistics, held_out, bits=bits, **sizes, config=config)
+        if not config.compensation_rank:
+            return fitted
+        return fit_corrections(fitted, weights, statistics, held_out, bits=bits, config=config)
 
     def _fit_weights(self, gm: GraphModule, transform: Transform) -> FittedTransform:
         def make() -> FittedTransform:

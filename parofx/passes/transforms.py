@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from parofx.calibration.fitting import FittedTransform
 from parofx.passes.blocks import block_of
-from parofx.passes.compensation import correction, quantized_weight
+from parofx.passes.compensation import compensate, correction, quantized_weight
 from parofx.passes.graph import ROTATE, TRANSPOSE, binding, get_attribute, nodes_calling, set_buffer
 from parofx.report import TransformReport
 
@@ -125,6 +125,10 @@ class Transform:
         members = tuple(linear.name for linear in self.linears)
         nearest = gm.meta.setdefault("parofx_nearest_errors", {})
         nearest |= zip(members, fitted.nearest_errors or (), strict=False)
+        for linear, (up, down) in zip(self.linears, fitted.corrections or (), strict=False):
+            compensate(gm, linear.fake_quantize, up.to(device), down.to(device))
+        uncorrected = gm.meta.setdefault("parofx_uncorrected_errors", {})
+        uncorrected |= zip(members, fitted.uncorrected_errors or (), strict=False)
         report = TransformReport(
             self.name, members, self.block, fitted.loss_before, fitted.loss_after, fitted.angle_rms, fitted.damping
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import graphs
@@ -164,12 +165,28 @@ def test_several_processes_are_refused(monkeypatch):
         AllocateBits(config(5.0)).run(prepared(config(5.0)))
 
 
+def test_a_run_with_chosen_formats_is_resumed(tmp_path, monkeypatch):
+    options = config(5.0)
+    options = replace(options, calibration=replace(options.calibration, work_dir=str(tmp_path)))
+
+    def run() -> torch.Tensor:
+        model = graphs.Stack(2).eval()
+        given = {"calibration": [graphs.rows(16, 64)], "example_inputs": graphs.rows(16, 64)}
+        parofx.quantize(model, options, progress=False, **given)
+        return model(graphs.rows(5, 64))
+
+    first = run()
+    monkeypatch.setattr(Calibrate, "fit", lambda *args: pytest.fail("fitted again"))
+    assert torch.equal(run(), first)
+
+
 def test_chosen_formats_are_fitted():
     options = config(5.0)
     gm = prepared(options)
     AllocateBits(options, batches()).run(gm)
     found = formats(gm)
-    Calibrate(options, batches()).run(gm)
+    gm = prepared(options)
+    parofx.calibrate(gm, [one["arg0"] for one in batches()], options)
     assert formats(gm) == found
     for one in find_transforms(gm):
         for linear in one.linears:
