@@ -125,7 +125,9 @@ def measure_sensitivities(
             logits = [leaf for leaf in leaves if leaf.shape[-1] in vocabularies]
             score = _token_score if logits else _normal_score
             chosen = logits or leaves
-            torch.autograd.backward(chosen, [score(leaf.detach(), generator) for leaf in chosen])
+            if chosen:
+                scores = [_unmasked(score(leaf.detach(), generator), masks) for leaf in chosen]
+                torch.autograd.backward(chosen, scores)
     return found
 
 
@@ -133,8 +135,8 @@ def first_sequences(gm: GraphModule, batches: Sequence[Mapping[str, Any]], count
     """Return the first `count` sequences, each a batch of its own where the captured graph serves such."""
     found: list[Mapping[str, Any]] = []
     for batch in batches:
-        sizes = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()]
-        size = max(sizes, default=1)
+        # Vectors may hold something of each position instead.
+        size = max((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1), default=1)
         single = [
             {name: _row(value, index, size) for name, value in batch.items()} for index in range(min(size, count))
         ]
@@ -149,6 +151,12 @@ def first_sequences(gm: GraphModule, batches: Sequence[Mapping[str, Any]], count
 def _row(value: Any, index: int, size: int) -> Any:
     alike = isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
     return value[index : index + 1] if alike else value
+
+
+def _unmasked(score: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    """Return a score without the rows `(batch, sequence)` that the one mask of its shape leaves out."""
+    fitting = [mask for mask in masks.values() if mask.shape == score.shape[:2]]
+    return score * fitting[0][..., None].to(score) if len(fitting) == 1 else score
 
 
 def _token_score(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,6 +8,7 @@ linear's own. An output head that `lm_head` gave a width keeps it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch.fx import GraphModule
 
 from parofx.calibration.format_losses import Losses, TransformFormat, all_format_losses, stored_bytes
 from parofx.calibration.knapsack import Option, Variant, choose, largest_cost, smallest_cost
+from parofx.calibration.precision import product_precision
 from parofx.calibration.processes import process_count
 from parofx.calibration.sensitivity import Sensitivities, first_sequences, measure_sensitivities
 from parofx.config import FALLBACK_GROUP_SIZES, PACKED_BITS, ParoConfig
@@ -128,13 +130,14 @@ class AllocateBits:
         """Return the predicted loss by transform, form, linear and width."""
         calibration, found = self.config.calibration, Sensitivities()
         if self.batches is not None and calibration.recipe != "data-free":
-            found = measure_sensitivities(
-                gm,
-                first_sequences(gm, self.batches, _SEQUENCES),
-                frozenset(len(table) for table in find_embeddings(gm)),
-                group_sizes={one.transform.name: one.forms[0].group_size for one in candidates},
-                seed=calibration.seed,
-            )
+            with product_precision("fast") if calibration.autocast else contextlib.nullcontext():
+                found = measure_sensitivities(
+                    gm,
+                    first_sequences(gm, self.batches, _SEQUENCES),
+                    frozenset(len(table) for table in find_embeddings(gm)),
+                    group_sizes={one.transform.name: one.forms[0].group_size for one in candidates},
+                    seed=calibration.seed,
+                )
         with torch.no_grad():
             return [
                 all_format_losses(

@@ -95,12 +95,22 @@ def test_a_linear_that_the_output_does_not_mind_has_no_weight():
     assert found.power("unknown") is None
 
 
+def test_an_output_without_a_gradient_tells_nothing():
+    gm = prepared(graphs.Model(lambda m, x: m.inner(x).argmax(-1), inner=nn.Linear(64, 64)), graphs.rows(8, 64))
+    assert not measured(gm, [{"arg0": graphs.rows(8, 64)}]).linears
+
+
 def test_rows_that_are_masked_out_do_not_count():
     ids, mask = tokens(2), torch.ones(2, 12, dtype=torch.int64)
     mask[1, 5:] = 0
     gm = prepared(tiny.model(num_hidden_layers=1), input_ids=ids, attention_mask=mask)
     found = measured(gm, [batch(ids, attention_mask=mask)])
     assert {one.moments.count for one in found.linears.values()} == {17}
+    # Nor do predictions behind them.
+    ids[1, 5:] = 3
+    again = measured(gm, [batch(ids, attention_mask=mask)])
+    for name, one in found.linears.items():
+        torch.testing.assert_close(again.linears[name].moments.power, one.moments.power, rtol=1e-4, atol=1e-12)
 
 
 def test_equal_seeds_give_equal_sensitivities():
