@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from parofx.calibration.format_losses import Losses, TransformFormat, all_format_losses, stored_bytes
 from parofx.calibration.knapsack import Option, Variant, choose, largest_cost, smallest_cost
 from parofx.calibration.precision import product_precision
-from parofx.calibration.processes import process_count
+from parofx.calibration.processes import together
 from parofx.calibration.sensitivity import Sensitivities, first_sequences, measure_sensitivities
 from parofx.config import FALLBACK_GROUP_SIZES, PACKED_BITS, ParoConfig
 from parofx.errors import ConfigError
@@ -53,19 +53,19 @@ class AllocateBits:
         """Rewrite `gm` in place.
 
         Raises:
-            ConfigError: if no choice of formats meets the budget, naming the smallest that one does; or if several
-                processes work together.
+            ConfigError: if no choice of formats meets the budget, naming the smallest that one does.
         """
         report = PassReport(self.name)
         set_stage(gm, Stage.PREPARED)
         transforms = find_transforms(gm)
         if self.config.calibration.bits_budget is None or not transforms:
             return report
-        if process_count() > 1:
-            raise ConfigError("bits_budget is for a run in one process, got several; leave it out, or start one")
         candidates = [self._candidates(gm, one) for one in transforms]
         budget = self._budget(candidates)
-        losses = self._losses(gm, candidates)
+        # Of several processes each measures for itself: equal graphs and sequences give equal formats, and calibration
+        # refuses graphs that differ.
+        with together():
+            losses = self._losses(gm, candidates)
         groups = [
             [one.options(part, form) for form, part in zip(one.forms, of_forms, strict=True)]
             for one, of_forms in zip(candidates, losses, strict=True)

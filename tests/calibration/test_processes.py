@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ CONFIGS = {
     "nearest": ParoConfig(
         group_size=32, calibration=CalibrationConfig(steps=3, samples=5, batch_size=1, rounding="nearest")
     ),
+    "budget": ParoConfig(group_size=32, krot=2, calibration=replace(FAST, bits_budget=6.0)),
 }
 
 
@@ -82,7 +84,7 @@ def test_two_processes_find_what_one_does(tmp_path):
                 # Sums in another order may move a value to the neighbouring fp16 number.
                 torch.testing.assert_close(first[key], tensor, rtol=2e-3, atol=2e-3)
             else:
-                assert (first[key] == tensor).double().mean() > 0.99, key
+                assert int((first[key] != tensor).sum()) <= 0.01 * tensor.numel(), key
 
 
 #: As PROCESS, once with a row that overflows in one process's share, once with two different models.

@@ -159,12 +159,6 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_smallest():
         AllocateBits(config(least - 0.001)).run(prepared(config(least)))
 
 
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr("parofx.passes.allocate_bits.process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="bits_budget is for a run in one process"):
-        AllocateBits(config(5.0)).run(prepared(config(5.0)))
-
-
 def test_a_run_with_chosen_formats_is_resumed(tmp_path, monkeypatch):
     options = config(5.0)
     options = replace(options, calibration=replace(options.calibration, work_dir=str(tmp_path)))
