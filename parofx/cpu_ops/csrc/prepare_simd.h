@@ -114,26 +114,69 @@ void finish_integer(const float* row, int group_size, uint32_t* words, float* sc
   *sum = static_cast<float>(Simd::sum_int(total));
 }
 
-// The share of one group in x · downᵀ, for the linears that read a rotation.
+// One group's share in x · downᵀ, for one row after the other; lanes are channels.
 template <class Simd>
-void project(const PrepareJob& job, int64_t group, int64_t row_begin, int rows, const float* v) {
+void project_rows(
+    const Projection& to, const float* down, int rank, int group_size, int rows, const float* v, float* parts) {
+  for (int r = 0; r < rank; ++r) {
+    for (int row = 0; row < rows; ++row) {
+      auto dot = Simd::zero();
+      for (int k = 0; k < group_size; k += Simd::kLanes) {
+        dot = Simd::fmadd(Simd::load(down + r * kMaxGroupSize + k), Simd::load(v + row * group_size + k), dot);
+      }
+      parts[row * to.rank + r] = Simd::sum(dot);
+    }
+  }
+}
+
+// The same for up to kLanes rows at once; lanes are rows, so that no lanes are added up.
+template <class Simd, int kRanks>
+void project_lanes(
+    const Projection& to, const float* down, int rank, int group_size, int rows, const float* v, float* parts) {
+  constexpr int lanes = Simd::kLanes;
+  typename Simd::Float sums[kRanks];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRanks; ++r) sums[r] = Simd::zero();
+  for (int k = 0; k < group_size; k += lanes) {
+    typename Simd::Float square[lanes];
+    for (int i = 0; i < lanes; ++i) square[i] = Simd::load(v + i * group_size + k);
+    Simd::transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRanks; ++r) {
+        sums[r] = Simd::fmadd(Simd::broadcast(down[r * kMaxGroupSize + k + i]), square[i], sums[r]);
+      }
+    }
+  }
+  alignas(64) float transposed[kRanks][lanes];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRanks; ++r) Simd::store(transposed[r], sums[r]);
+  for (int row = 0; row < rows; ++row) {
+    for (int r = 0; r < rank; ++r) parts[row * to.rank + r] = transposed[r][row];
+  }
+}
+
+// Projects `rows` rotated rows of one group for the linears that read them; `v` has room for kLanes rows.
+template <class Simd>
+void project(const PrepareJob& job, int64_t group, int64_t row_begin, int rows, bool many, const float* v) {
+  constexpr int kRanks = 8; // at a time
   const int group_size = job.out.group_size;
   for (int i = 0; i < job.projection_count; ++i) {
     const Projection& to = job.projections[i];
     float* parts = to.parts + job.out.row_index(group, row_begin) * to.rank;
-    for (int r = 0; r < to.rank; ++r) {
-      alignas(64) float down[kMaxGroupSize]; // converted once for all rows
-      for (int k = 0; k < group_size; k += Simd::kLanes) {
-        const int64_t at = r * to.in_features + group * group_size + k;
-        Simd::store(down + k, Simd::template load_as<DType::f16>(to.down, at));
-      }
-      for (int row = 0; row < rows; ++row) {
-        auto dot = Simd::zero();
+    for (int first = 0; first < to.rank; first += kRanks) {
+      const int rank = to.rank - first < kRanks ? to.rank - first : kRanks;
+      alignas(64) float down[kRanks * kMaxGroupSize];
+      for (int r = 0; r < kRanks; ++r) {
         for (int k = 0; k < group_size; k += Simd::kLanes) {
-          dot = Simd::fmadd(Simd::load(down + k), Simd::load(v + row * group_size + k), dot);
+          const int64_t at = (first + r) * to.in_features + group * group_size + k;
+          const auto row = r < rank ? Simd::template load_as<DType::f16>(to.down, at) : Simd::zero();
+          Simd::store(down + r * kMaxGroupSize + k, row);
         }
-        parts[row * to.rank + r] = Simd::sum(dot);
       }
+      const auto some = many ? project_lanes<Simd, kRanks> : project_rows<Simd>;
+      some(to, down, rank, group_size, rows, v, parts + first);
     }
   }
 }
@@ -157,7 +200,7 @@ void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t ro
   } else if (job.rounds > 0) {
     for (int row = 0; row < rows; ++row) Isa::rotate_row(v + row * group_size, rotation);
   }
-  project<Simd>(job, group, row_begin, rows, v);
+  project<Simd>(job, group, row_begin, rows, rows > Isa::kRowsOneByOne, v);
   const auto finish = Isa::finish(job.out.format);
   for (int row = 0; row < rows; ++row) {
     const int64_t index = job.out.row_index(group, row_begin + row);
