@@ -60,7 +60,8 @@ class CalibrationConfig:
         pairs: how channel pairs are chosen: `"matching"` (perfect matchings, no dummy pairs) or `"greedy"`
             (the paper's random scan).
         row_weights: how much a token's row counts in the statistics of a transform's input: `"relative"` to the
-            squared norm of what its linears make of it, or all `"equal"`.
+            squared norm of what its linears make of it, where that is normalized before it is added to anything; or all
+            `"equal"`.
         clip_ratios: shrink factors of the min/max range tried per quantization group when rounding.
         rounding: `"nearest"`, or `"feedback"`: columns take over the errors of those before them.
         damping: candidates of what is added to the inputs' second moments before error feedback, relative to their

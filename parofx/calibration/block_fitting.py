@@ -14,6 +14,7 @@ from parofx.calibration.block_student import Student, TrainedTransform
 from parofx.calibration.block_training import BlockData, BlockTrainer
 from parofx.calibration.feedback import RoundedWeight
 from parofx.calibration.fitting import FittedTransform, Rotated, rotate_weight, round_rotated
+from parofx.calibration.normalized import counts_relative
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.rounding import relative_error
 from parofx.calibration.row_masks import select_rows
@@ -187,7 +188,9 @@ def _round_with_feedback(
 
 def output_norm(transform: Transform, config: CalibrationConfig) -> OutputNorm | None:
     """Return what the rows of a transform's input are divided by; None if they count alike."""
-    return OutputNorm([linear.weight for linear in transform.linears]) if config.row_weights == "relative" else None
+    if config.row_weights == "equal" or not counts_relative(transform):
+        return None
+    return OutputNorm([linear.weight for linear in transform.linears])
 
 
 def _student_statistics(

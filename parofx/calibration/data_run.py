@@ -22,6 +22,7 @@ from parofx.calibration.block_fitting import output_norm, quantized_weights, tra
 from parofx.calibration.block_student import Student
 from parofx.calibration.block_training import BlockData, floating_outputs
 from parofx.calibration.fitting import FittedTransform
+from parofx.calibration.normalized import mark_normalized
 from parofx.calibration.precision import product_precision
 from parofx.calibration.processes import check_alike, check_divisible, fit_together, process_count, share_of, together
 from parofx.calibration.progress import BlockProgress
@@ -79,6 +80,7 @@ class DataRun:
         self._held_out: dict[str, InputStatistics] = {}
         self._norms: dict[str, OutputNorm | None] = {}
         self._first_held_out = first_held_out(self._batches, config.calibration.validation_samples)
+        mark_normalized(gm, transforms)
         self._digest = _digest(gm, config, self._batches)
         #: Those that this process runs, by their place among all.
         self._places = share_of(range(len(self._batches)))

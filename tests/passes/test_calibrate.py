@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parofx.calibration.statistics import InputStatistics, OutputNorm
+from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.store import CalibrationStore
 from parofx.config import CalibrationConfig, ParoConfig
 from parofx.errors import DataError
@@ -306,9 +306,9 @@ def test_statistics_of_a_shared_weight_are_pooled() -> None:
     statistics = InputStatistics(64, first.group_size, full=True)
     for batch in data:
         x = batch["arg0"]
-        statistics.update(x, relative_to=OutputNorm([shared.weight]))
+        statistics.update(x)
         with torch.no_grad():
-            statistics.update(model[0](x), relative_to=OutputNorm([shared.weight]))
+            statistics.update(model[0](x))
     again = prepared(model, data[0]["arg0"])
     transform = find_transforms(again)[0]
     with torch.no_grad():
