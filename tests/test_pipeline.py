@@ -183,8 +183,8 @@ def test_matches_and_skips_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_catalogue_lists_every_pass_in_the_order_of_stages() -> None:
     names = [one.name for one in registry()]
-    assert names[:3] == ["normalize", "insert_transforms", "calibrate"]
-    assert names[3:] == ["convert", "merge_siblings", "fuse_producers", "lower"]
+    assert names[:4] == ["normalize", "insert_transforms", "allocate_bits", "calibrate"]
+    assert names[4:] == ["convert", "merge_siblings", "fuse_producers", "lower"]
 
 
 @pytest.mark.parametrize("one", registry(), ids=lambda one: one.name)

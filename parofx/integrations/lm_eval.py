@@ -178,9 +178,9 @@ def find_tasks(tasks: Sequence[str], include: Iterable[str | Path] = ()) -> Task
         # A group's members may be lm-eval's own.
         if tasks and set(tasks) <= set(manager.all_subtasks):
             return manager
-    manager = TaskManager(include_path=folders or None)
-    unknown = sorted(set(tasks) - set(manager.all_tasks))
-    if not tasks or unknown:
+    manager = TaskManager(include_path=folders or None) if tasks else None
+    unknown = sorted(set(tasks) - set(manager.all_tasks)) if manager is not None else []
+    if manager is None or unknown:
         raise ConfigError(
             f"tasks must be names that lm-eval knows, got {unknown or 'none'}; `lm-eval ls tasks` lists its own, "
             "include_path names folders with others"

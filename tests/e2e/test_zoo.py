@@ -61,7 +61,12 @@ def test_report_counts(case):
     assert len(case.report.transforms) == case.spec.transforms
     assert {reason.name: count for reason, count in case.report.reasons().items()} == case.spec.kept
     assert {linear.group_size for linear in case.report.linears} == {case.spec.group_size}
-    assert [record["pass"] for record in case.report.passes] == ["insert_transforms", "calibrate", "convert"]
+    assert [record["pass"] for record in case.report.passes] == [
+        "insert_transforms",
+        "allocate_bits",
+        "calibrate",
+        "convert",
+    ]
 
 
 def test_every_linear_is_quantized_or_listed(case):
