@@ -15,10 +15,10 @@ from parofx.passes.graph import operator_name
 from parofx.passes.transforms import Transform
 
 _NORMALIZED = "parofx_normalized"
-#: The first operator of a norm that is written out, and norms that are one operator.
-_NORMS = frozenset(
-    {"rms_norm", "layer_norm", "native_layer_norm", "group_norm", "square", "norm", "linalg_vector_norm"}
-)
+#: Norms that are one operator.
+_NORMS = frozenset({"rms_norm", "layer_norm", "native_layer_norm", "group_norm", "norm", "linalg_vector_norm"})
+#: What takes the squares together in a norm that is written out; an activation function may square as well.
+_MEANS = frozenset({"mean", "sum"})
 _SUMS = frozenset({"add", "sub"})
 
 
@@ -58,8 +58,16 @@ def _is_normalized(call: Node, order: list[Node], places: dict[Node, int]) -> bo
 
 
 def _is_norm(node: Node) -> bool:
-    name = operator_name(node)
-    return name in _NORMS or (name == "pow" and node.args[1:2] == (2,))
+    """Return whether a node is a norm, or the squares that one begins with."""
+    name, arguments = operator_name(node), node.args
+    if name in _NORMS:
+        return True
+    squares = (
+        name == "square"
+        or (name == "pow" and arguments[1:2] == (2,))
+        or (name in ("mul", "multiply") and arguments[0] is arguments[1])
+    )
+    return squares and any(operator_name(user) in _MEANS for user in node.users)
 
 
 def _joins(node: Node, carried: set[Node]) -> bool:

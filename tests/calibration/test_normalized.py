@@ -39,6 +39,22 @@ class WrittenOut(nn.RMSNorm):
         return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+class ByProduct(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x / ((x * x).mean(-1, keepdim=True) + 1e-6).sqrt())
+
+
+class SquaredRelu(nn.Module):
+    """An activation function that squares, in front of a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.relu(self.up(x)).square())
+
+
 def relative(model: nn.Module, *inputs: object, **config: object) -> set[str]:
     gm = parofx.prepare(parofx.capture(model.eval(), *inputs), parofx.ParoConfig(group_size=32, **config))
     transforms = find_transforms(gm)
@@ -46,7 +62,7 @@ def relative(model: nn.Module, *inputs: object, **config: object) -> set[str]:
     return {linear.name for one in transforms if counts_relative(one) for linear in one.linears}
 
 
-@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm, WrittenOut])
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm, WrittenOut, ByProduct])
 @pytest.mark.parametrize("share", [True, False])
 def test_what_meets_a_norm_before_a_sum(norm: type[nn.Module], share: bool) -> None:
     def found(**options: bool) -> set[str]:
@@ -57,6 +73,10 @@ def test_what_meets_a_norm_before_a_sum(norm: type[nn.Module], share: bool) -> N
     assert found(post=False, inner=False) == set()
     # Queries are, values are not; siblings count alike.
     assert found(post=False, inner=True) == (set() if share else {"q"})
+
+
+def test_squares_alone_are_no_norm() -> None:
+    assert relative(SquaredRelu(), torch.randn(2, 5, SIZE)) == set()
 
 
 def test_models_with_norms_in_front_of_sums_only_are_relative() -> None:
