@@ -72,14 +72,6 @@ def leave(
         raise SystemExit(f"{package} left every weight as it was")
     model.save_pretrained(options.out)
     AutoTokenizer.from_pretrained(options.model).save_pretrained(options.out)
-    describe(options, name=name, package=package, bits_per_weight=bits_per_weight, seconds=seconds)
-    print(f"{changed} parameters changed")
-
-
-def describe(
-    options: argparse.Namespace, *, name: str, package: str, bits_per_weight: float, seconds: tuple[float, float]
-) -> None:
-    """Write `peer.json` beside a model."""
     peer = {
         "name": name,
         "version": importlib.metadata.version(package),
@@ -93,3 +85,4 @@ def describe(
     }
     (Path(options.out) / "peer.json").write_text(json.dumps(peer))
     print(peer)
+    print(f"{changed} parameters changed")

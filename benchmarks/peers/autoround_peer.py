@@ -42,8 +42,12 @@ def main() -> None:
     )
     quantized, _ = tuning.quantize()
     seconds = clock.read()
-    known = {name for name, _ in AutoModelForCausalLM.from_config(quantized.config).named_parameters()}
-    weights = {name: one.detach() for name, one in quantized.named_parameters() if name in known}
+    head = quantized.get_output_embeddings()
+    weights = {
+        f"{name}.weight": module.weight.detach()
+        for name, module in quantized.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
     iterations = "" if options.iters is None else f", {options.iters} iterations"
     leave(
         options,
