@@ -74,6 +74,10 @@ class CalibrationConfig:
         grid_learning_rate: of AdamW on the scales and zeros of a block.
         tune_epochs: passes in which scales, angles and channel scales are trained behind a block's chosen codes.
         tune_learning_rate: of AdamW on those, scales by their logarithm.
+        distill_epochs: passes in which these tensors of the whole model are trained in the end, to give the float
+            model's distribution over the vocabulary.
+        distill_learning_rate: of AdamW on those.
+        distill_batch_size: sequences per step of that.
         block_loss: of a block's output against the float one's: `"relative"`, the mean over rows of the squared error
             relative to the row's squared length, or `"smooth_l1"`.
         autocast: run the model with bf16 or TF32 products where it is fp32; sums stay fp32.
@@ -106,6 +110,9 @@ class CalibrationConfig:
     grid_learning_rate: float = 1e-6
     tune_epochs: int = _BY_RECIPE
     tune_learning_rate: float = 1e-3
+    distill_epochs: int = _BY_RECIPE
+    distill_learning_rate: float = 2e-4
+    distill_batch_size: int = 2
     block_loss: BlockLoss = _BY_RECIPE
     autocast: bool = True
     seed: int = 0
@@ -127,11 +134,11 @@ class CalibrationConfig:
         for name, value in RECIPES.get(str(self.recipe), RECIPES["fast"]).items():
             if getattr(self, name) is _BY_RECIPE:
                 object.__setattr__(self, name, value)
-        for name in ("rows", "samples", "batch_size"):
+        for name in ("rows", "samples", "batch_size", "distill_batch_size"):
             problems += _check_int(name, getattr(self, name), 1)
         for name in ("steps", "sweeps", "validation_samples", "seed", "compensation_rank"):
             problems += _check_int(name, getattr(self, name), 0)
-        for name in ("transform_epochs", "weight_epochs", "tune_epochs"):
+        for name in ("transform_epochs", "weight_epochs", "tune_epochs", "distill_epochs"):
             problems += _check_int(name, getattr(self, name), 0)
         if isinstance(self.work_dir, os.PathLike):
             object.__setattr__(self, "work_dir", os.fspath(self.work_dir))
@@ -143,10 +150,10 @@ class CalibrationConfig:
             rate = getattr(self, name)
             if not _is_number(rate) or not 0 < rate < 10:
                 problems.append(f"{name} must be in (0, 10), got {rate!r}")
-        if not problems and self.compensation_rank and self.trains_blocks:
+        if not problems and self.compensation_rank and self.trains:
             problems.append(
-                f"compensation_rank must be 0 in a recipe that trains blocks, got {self.compensation_rank!r}; "
-                "use recipe='fast'"
+                f"compensation_rank must be 0 in a recipe that trains, got {self.compensation_rank!r}; "
+                "use recipe='fast' and distill_epochs=0"
             )
         if self.bits_budget is not None and (not _is_number(self.bits_budget) or not 0 < self.bits_budget < math.inf):
             problems.append(f"bits_budget must be a number of bits above 0, or None, got {self.bits_budget!r}")
@@ -163,6 +170,11 @@ class CalibrationConfig:
     def trains_blocks(self) -> bool:
         """Whether blocks are trained, besides fitting each transform for itself."""
         return self.transform_epochs > 0 or self.weight_epochs > 0 or self.tune_epochs > 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether blocks or the whole model are trained."""
+        return self.trains_blocks or self.distill_epochs > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON-serializable values."""

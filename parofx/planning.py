@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from parofx.calibration.data import SELF_SOURCE
-from parofx.calibration.data_run import first_held_out
+from parofx.calibration.distillation import few_at_a_time
 from parofx.calibration.format_losses import TransformFormat, stored_bytes
 from parofx.calibration.memory import TransformShape, disk_bytes, memory_terms
 from parofx.calibration.probe import estimate_seconds
-from parofx.calibration.traffic import measure_segments, size_of
+from parofx.calibration.stream import first_held_out
+from parofx.calibration.traffic import SegmentTraffic, measure_segments, size_of
 from parofx.config import ParoConfig
 from parofx.passes.allocate_bits import AllocateBits
 from parofx.passes.insert_transforms import InsertTransforms
@@ -148,6 +149,9 @@ def plan_quantization(
     linears = tuple(linear for transform in transforms for linear in _planned(gm, transform, config))
     with_data = batches is not None and config.calibration.recipe != "data-free"
     segments = measure_segments(gm, batches or ()) if with_data else ()
+    distilled: tuple[SegmentTraffic, ...] = ()
+    if with_data and config.calibration.distill_epochs:
+        distilled = measure_segments(gm, few_at_a_time(gm, batches or (), config.calibration), whole=True)
     shapes = [_shape(gm, transform) for transform in transforms]
     packed_bytes = uniform_bytes = sum(linear.packed_bytes for linear in linears)
     if budget_bytes is not None:
@@ -172,12 +176,19 @@ def plan_quantization(
             model_bytes=size_of([*skeleton.parameters(), *skeleton.buffers()]),
             packed_bytes=packed_bytes,
             itemsize=parameter.element_size(),
+            distilled=distilled,
         ),
         disk_bytes=disk_bytes(config, shapes, segments),
         checkpoint_bytes=_checkpoint_bytes(skeleton, linears) + packed_bytes - uniform_bytes,
         device=str(device),
         seconds=estimate_seconds(
-            config.calibration, shapes, segments, bits=config.bits, dtype=parameter.dtype, device=device
+            config.calibration,
+            shapes,
+            segments,
+            bits=config.bits,
+            dtype=parameter.dtype,
+            device=device,
+            distilled=distilled,
         ),
         budget_bytes=budget_bytes,
     )
@@ -241,4 +252,7 @@ def _trained_steps(config: ParoConfig, batches: Sequence[Mapping[str, Any]], blo
     epochs = calibration.transform_epochs + calibration.weight_epochs + calibration.tune_epochs
     if calibration.recipe == "data-free" or not batches:
         return 0
-    return blocks * epochs * first_held_out(batches, calibration.validation_samples)
+    sequences = sum(map(_sequences, batches))
+    training = sequences - min(calibration.validation_samples, sequences // 2)
+    distilled = calibration.distill_epochs * -(-training // calibration.distill_batch_size)
+    return blocks * epochs * first_held_out(batches, calibration.validation_samples) + distilled

@@ -25,6 +25,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("out", help="folder for the model with quantized weights as floats")
     parser.add_argument("--tokens", help="calibration tokens that `benchmarks.accuracy --write-tokens` wrote")
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to quantize on")
     return parser
 
 
@@ -71,6 +72,14 @@ def leave(
     if not changed:
         raise SystemExit(f"{package} left every weight as it was")
     model.save_pretrained(options.out)
+    print(f"{changed} parameters changed")
+    describe(options, name=name, package=package, bits_per_weight=bits_per_weight, seconds=seconds)
+
+
+def describe(
+    options: argparse.Namespace, *, name: str, package: str, bits_per_weight: float, seconds: tuple[float, float]
+) -> None:
+    """Write the tokenizer and `peer.json` beside the weights."""
     AutoTokenizer.from_pretrained(options.model).save_pretrained(options.out)
     peer = {
         "name": name,
@@ -85,4 +94,3 @@ def leave(
     }
     (Path(options.out) / "peer.json").write_text(json.dumps(peer))
     print(peer)
-    print(f"{changed} parameters changed")

@@ -38,7 +38,7 @@ def main() -> None:
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
         iters=options.iters,
-        device_map="cpu",
+        device_map=options.device,
     )
     quantized, _ = tuning.quantize()
     seconds = clock.read()

@@ -1,9 +1,10 @@
-"""Quantize a model with GPTQModel's GPTQ and leave its weights as floats.
+"""Quantize a model with GPTQModel's GPTQ or ParoQuant and leave its weights as floats.
 
     pip install gptqmodel
-    python benchmarks/peers/gptqmodel_peer.py MODEL OUT --tokens tokens.safetensors
+    python benchmarks/peers/gptqmodel_peer.py MODEL OUT --tokens tokens.safetensors --method gptq
 
-In an environment of its own. Asymmetric codes, all else at the package's defaults but for the data.
+In an environment of its own. All is at the package's defaults but for the data, and for GPTQ's codes, which are
+asymmetric; its ParoQuant knows symmetric ones only.
 """
 
 from __future__ import annotations
@@ -16,26 +17,44 @@ from pathlib import Path
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
-from _peer import Clock, arguments, calibration_tokens, leave
+from _peer import Clock, arguments, calibration_tokens, describe, leave
 from gptqmodel import GPTQModel
-from gptqmodel.quantization.config import GPTQConfig
+from gptqmodel.quantization.config import GPTQConfig, ParoConfig
 from gptqmodel.utils.model_dequant import dequantize_model
 from transformers import AutoModelForCausalLM
 
 #: Codes, an fp16 scale and a zero of 4 bits per group.
 _SCALE_AND_ZERO_BITS = 20
+#: Of each input channel of a linear: 8 rounds of a 16-bit partner and half a 16-bit angle, and a 16-bit scale.
+_ROTATION_BITS = 8 * 16 + 8 * 8 + 16
 
 
 def main() -> None:
     """Quantize every linear but the output head."""
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--method", choices=("gptq", "paroquant"), default="gptq")
+    options = parser.parse_args()
     tokens = calibration_tokens(options.tokens)
-    config = GPTQConfig(bits=4, group_size=options.group_size, sym=False)
+    if options.method == "gptq":
+        config = GPTQConfig(bits=4, group_size=options.group_size, sym=False)
+    else:
+        # What its replay caches are inference tensors otherwise, which its own training then refuses.
+        torch.inference_mode = lambda *_, **__: torch.no_grad()
+        config = ParoConfig(bits=4, group_size=options.group_size)
+    model = GPTQModel.load(options.model, config, device=options.device, dtype=torch.float32)
+    clock = Clock()
+    model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens], batch_size=8)
+    seconds = clock.read()
+    bits = 4 + _SCALE_AND_ZERO_BITS / options.group_size
+    if options.method == "paroquant":
+        # Its checkpoints are ones that parofx reads.
+        model.save(options.out)
+        matrices = [one for name, one in _float_matrices(options.model) if name.startswith("model.layers.")]
+        bits += sum(one.shape[1] * _ROTATION_BITS for one in matrices) / sum(one.numel() for one in matrices)
+        name = f"GPTQModel ParoQuant, group size {options.group_size}"
+        describe(options, name=name, package="gptqmodel", bits_per_weight=bits, seconds=seconds)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        model = GPTQModel.load(options.model, config, device="cpu", dtype=torch.float32)
-        clock = Clock()
-        model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens], batch_size=8)
-        seconds = clock.read()
         packed, plain = Path(folder) / "packed", Path(folder) / "plain"
         model.save(str(packed))
         dequantize_model(packed, plain, target_dtype=torch.float32)
@@ -45,9 +64,14 @@ def main() -> None:
             dict(quantized.named_parameters()),
             name=f"GPTQModel GPTQ, group size {options.group_size}",
             package="gptqmodel",
-            bits_per_weight=4 + _SCALE_AND_ZERO_BITS / options.group_size,
+            bits_per_weight=bits,
             seconds=seconds,
         )
+
+
+def _float_matrices(model: str) -> list[tuple[str, torch.Tensor]]:
+    named = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).named_parameters()
+    return [(name, one) for name, one in named if one.dim() == 2]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main() -> None:
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and module is not head:
                 packed, meta = Quantizer.quantize(
-                    module.weight.data, nbits=4, group_size=options.group_size, axis=1, device="cpu"
+                    module.weight.data, nbits=4, group_size=options.group_size, axis=1, device=options.device
                 )
                 weights[f"{name}.weight"] = Quantizer.dequantize(packed, meta).view(module.weight.shape)
     leave(

@@ -14,6 +14,7 @@ from parofx.calibration.block_student import Student, TrainedTransform
 from parofx.calibration.block_training import BlockData, BlockTrainer
 from parofx.calibration.feedback import RoundedWeight
 from parofx.calibration.fitting import FittedTransform, Rotated, rotate_weight, round_rotated
+from parofx.calibration.fixed_codes import as_stored, start_from, storable, with_fixed_codes
 from parofx.calibration.normalized import counts_relative
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.rounding import relative_error
@@ -50,7 +51,7 @@ def train_block(
         stages: what was done is appended.
         progress: is told the loss after each stage.
     """
-    trained = {one.name: _trained(one, fits[one.name]) for one in transforms}
+    trained = {one.name: start_from(one, fits[one.name]) for one in transforms}
     trainer = BlockTrainer(module, list(trained.values()), data, config)
     start = trainer.loss(quantized_weights(transforms, fits))
     if config.transform_epochs:
@@ -84,13 +85,6 @@ def train_block(
     return {one.name: _with_errors(one, found[one.name], statistics[one.name][0]) for one in transforms}
 
 
-def _trained(transform: Transform, fitted: FittedTransform) -> TrainedTransform:
-    weights = {linear.name: linear.weight for linear in transform.linears}
-    parts = (fitted.pairs, fitted.theta, fitted.channel_scales)
-    bits = {linear.name: linear.bits for linear in transform.linears}
-    return TrainedTransform(*parts, weights, bits=bits, group_size=transform.group_size)
-
-
 def _tune(
     module: GraphModule,
     transforms: Sequence[Transform],
@@ -100,42 +94,14 @@ def _tune(
     config: CalibrationConfig,
 ) -> tuple[_Fits, StageReport]:
     """Train what is continuous behind the codes of `fits`; what that gives in fp16, if it is better."""
-    trained = {one.name: _trained(one, fits[one.name]) for one in transforms}
-    codes: dict[str, list[Tensor]] = {}
-    for one in transforms:
-        fitted, rotated = fits[one.name], trained[one.name]
-        codes[one.name] = []
-        for index, (linear, grid) in enumerate(zip(one.linears, fitted.grids, strict=True)):
-            if fitted.codes is None:
-                parts = (fitted.pairs, fitted.theta, fitted.channel_scales)
-                weight = rotate_weight(linear.weight, *parts, one.group_size)
-                codes[one.name].append(affine.quantize(weight, *grid, linear.bits, one.group_size))
-            else:
-                codes[one.name].append(fitted.codes[index])
-            rotated.fix_codes(linear.name, codes[one.name][-1], *grid)
+    trained, codes = with_fixed_codes(transforms, fits)
     trainer = BlockTrainer(module, list(trained.values()), data, config)
     stage = trainer.tune()
-    found = {
-        one.name: dataclasses.replace(
-            fits[one.name],
-            theta=trained[one.name].theta.half(),
-            channel_scales=trained[one.name].channel_scales,
-            grids=tuple(
-                (_storable(linear.scales.exp()), linear.zeros) for linear in trained[one.name].linears.values()
-            ),
-            codes=tuple(codes[one.name]),
-        )
-        for one in transforms
-    }
+    found = as_stored(fits, trained, codes)
     after = trainer.loss(quantized_weights(transforms, found))
     if after < before:
         return found, StageReport(stage.name, before, after, stage.kept)
     return dict(fits), StageReport(stage.name, before, before, "as rounded")
-
-
-def _storable(scales: Tensor) -> Tensor:
-    """Return scales as fp16 holds them, in fp32."""
-    return scales.clamp(affine.SMALLEST_SCALE, affine.LARGEST_SCALE).half().float()
 
 
 def quantized_weights(transforms: Sequence[Transform], fits: Mapping[str, FittedTransform]) -> dict[str, Tensor]:
@@ -160,7 +126,7 @@ def _round_to_nearest(transform: Transform, trained: TrainedTransform, start: Fi
     grids, codes = [], []
     for name, linear in trained.linears.items():
         bits = trained.bits[name]
-        grids.append((_storable(linear.scales), linear.zeros.round().clamp(0, affine.quant_max(bits))))
+        grids.append((storable(linear.scales), linear.zeros.round().clamp(0, affine.quant_max(bits))))
         codes.append(affine.quantize(linear.weight, *grids[-1], bits, transform.group_size))
     return dataclasses.replace(
         start,

@@ -85,7 +85,10 @@ class TrainedTransform:
 
     def fix_codes(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
         """Let a linear's codes `(N, K)` and zeros stay as they are from here on; its scales may still be trained."""
-        steps = codes.float() - zeros.repeat_interleave(self.group_size, 1)
+        # As integers: a whole model of them lies in memory while it is distilled.
+        steps = (codes.float() - zeros.repeat_interleave(self.group_size, 1)).to(torch.int16)
+        if self.bits[name] < 8:
+            steps = steps.to(torch.int8)
         self.linears[name] = TrainedLinear(steps, scales.log(), zeros, fixed=True)
 
     @property

@@ -8,7 +8,6 @@ keep the state with the smallest loss on held-out batches, which may be the one 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +18,11 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from parofx.calibration.block_student import Student, TrainedTransform
+from parofx.calibration.descent import Groups, descend
+from parofx.calibration.fixed_codes import angle_masks, continuous
 from parofx.calibration.row_masks import row_mask_of
 from parofx.config import CalibrationConfig
-from parofx.pairing import trainable_angles
 from parofx.report import StageReport
-
-#: Steps of the optimizer: (tensors, learning rate) groups.
-_Groups = list[tuple[list[Tensor], float]]
-
 
 #: Added to a target row's squared length, in units of the mean one.
 _LEAST_ROW = 1e-3
@@ -82,7 +78,7 @@ class BlockTrainer:
             transform.theta.requires_grad_(transform.theta.numel() > 0)
             transform.log_alpha.requires_grad_(True)
         tensors = [one for transform in self._transforms for one in (transform.theta, transform.log_alpha)]
-        dummies = [(one.theta, trainable_angles(one.pairs, one.group_size)) for one in self._transforms]
+        dummies = angle_masks(self._transforms)
         report = self._train("transforms", [(tensors, rate)], self._config.transform_epochs, dummies)
         for transform in self._transforms:
             transform.freeze_rotation()
@@ -103,14 +99,10 @@ class BlockTrainer:
 
     def tune(self) -> StageReport:
         """Stage 3: train scales, angles and channel scales behind fixed codes; exact gradients, nothing is rounded."""
-        rate = self._config.tune_learning_rate
-        linears = [linear for transform in self._transforms for linear in transform.linears.values()]
-        tensors = [linear.scales for linear in linears]
-        for transform in self._transforms:
-            tensors += [one for one in (transform.theta, transform.log_alpha) if one.numel()]
+        tensors = continuous(self._transforms)
         for tensor in tensors:
             tensor.requires_grad_(True)
-        dummies = [(one.theta, trainable_angles(one.pairs, one.group_size)) for one in self._transforms]
+        rate, dummies = self._config.tune_learning_rate, angle_masks(self._transforms)
         report = self._train("tune", [(tensors, rate)], self._config.tune_epochs, dummies, decay=0.0)
         for tensor in tensors:
             tensor.requires_grad_(False)
@@ -130,44 +122,21 @@ class BlockTrainer:
     def _train(
         self,
         stage: str,
-        groups: _Groups,
+        groups: Groups,
         epochs: int,
         dummies: Iterable[tuple[Tensor, Tensor]],
         decay: float = 0.01,
     ) -> StageReport:
-        tensors = [tensor for group, _ in groups for tensor in group if tensor.numel()]
-        before = best = self.loss(self.present_weights())
-        kept = [tensor.detach().clone() for tensor in tensors]
-        best_epoch = 0
-        optimizer = torch.optim.AdamW(
-            [{"params": [one for one in group if one.numel()], "lr": rate} for group, rate in groups],
-            betas=(0.9, 0.95), eps=1e-10, weight_decay=decay,
-        )  # fmt: skip
-        order = torch.Generator().manual_seed(self._config.seed)
         batches = self._data.training()
-        steps = max(1, epochs * len(batches))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        )
-        for epoch in range(1, epochs + 1):
-            for position in torch.randperm(len(batches), generator=order).tolist():
-                with torch.enable_grad():
-                    loss = self._loss(self._effective_weights(), batches[position])
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                for theta, trainable in dummies:
-                    if theta.grad is not None:
-                        theta.grad.mul_(trainable)
-                optimizer.step()
-                schedule.step()
-            now = self.loss(self.present_weights())
-            if now < best:
-                best, best_epoch = now, epoch
-                kept = [tensor.detach().clone() for tensor in tensors]
-        with torch.no_grad():
-            for tensor, value in zip(tensors, kept, strict=True):
-                tensor.copy_(value)
-        return StageReport(stage, before, best, f"epoch {best_epoch} of {epochs}")
+
+        def backward(batch: int) -> None:
+            self._loss(self._effective_weights(), batches[batch]).backward()  # type: ignore[no-untyped-call]
+
+        found = descend(
+            groups, backward, lambda: self.loss(self.present_weights()), batches=len(batches), epochs=epochs,
+            seed=self._config.seed, angles=dummies, decay=decay,
+        )  # fmt: skip
+        return StageReport(stage, found.before, found.after, f"epoch {found.epoch} of {epochs}")
 
     def _effective_weights(self) -> dict[str, Tensor]:
         return {name: one for transform in self._transforms for name, one in transform.effective_weights().items()}
@@ -198,9 +167,14 @@ def floating_outputs(output: Any) -> list[Tensor]:
 
 
 def _distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
-    output, target = output.float(), target.float()
     if kind == "smooth_l1":
-        return torch.nn.functional.smooth_l1_loss(output, target)
+        return torch.nn.functional.smooth_l1_loss(output.float(), target.float())
+    return relative_distance(output, target)
+
+
+def relative_distance(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over rows of the squared error relative to the target row's squared length."""
+    output, target = output.float(), target.float()
     # Row by row: a few rows of a decoder's residual stream are a thousand times as long as the rest.
     sizes = target.square().sum(-1)
     return ((output - target).square().sum(-1) / (sizes + _LEAST_ROW * sizes.mean()).clamp(min=1e-30)).mean()

@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 from parofx.calibration.block_fitting import output_norm, quantized_weights, train_block
 from parofx.calibration.block_student import Student
 from parofx.calibration.block_training import BlockData, floating_outputs
+from parofx.calibration.distillation import Distiller
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.normalized import mark_normalized
 from parofx.calibration.precision import product_precision
@@ -28,7 +29,7 @@ from parofx.calibration.processes import check_alike, check_divisible, fit_toget
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.statistics import InputStatistics, OutputNorm
 from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
-from parofx.calibration.stream import BlockStream, Border
+from parofx.calibration.stream import BlockStream, Border, first_held_out
 from parofx.config import ParoConfig
 from parofx.errors import DataError
 from parofx.passes.transforms import Transform
@@ -81,6 +82,8 @@ class DataRun:
         self._norms: dict[str, OutputNorm | None] = {}
         self._first_held_out = first_held_out(self._batches, config.calibration.validation_samples)
         mark_normalized(gm, transforms)
+        # What is fitted replaces them in the graph.
+        self._weights = {linear.name: linear.weight for one in transforms for linear in one.linears}
         self._digest = _digest(gm, config, self._batches)
         #: Those that this process runs, by their place among all.
         self._places = share_of(range(len(self._batches)))
@@ -104,6 +107,7 @@ class DataRun:
         due = {name: stream.last_segment_of(name) for name in self._transforms}
         # Nothing behind the last transform is needed, above all no logits.
         end = 1 + max(map(stream.segments.index, due.values()), default=-1)
+        found: dict[str, FittedTransform] = {}
         for index, segment in enumerate(stream.segments[:end]):
             names = [name for name, last in due.items() if last == segment]
             if store and index < finished:
@@ -117,9 +121,24 @@ class DataRun:
                     store.save_segment(index, packed, [asdict(stage) for stage in stages])
             for name in names:
                 self._progress.fitted(self._transforms[name].apply(self._gm, fits[name]))
+            found |= fits
             # Statistics pooled over several segments are not on disk: a run resumes only where none are open.
             if store and index >= finished and not self._statistics:
                 store.save_borders(index, [*stream.borders, *students])
+        if self._config.calibration.distill_epochs:
+            self._distill(found)
+
+    def _distill(self, fits: Mapping[str, FittedTransform]) -> None:
+        """Train all linears together."""
+        transforms = list(self._transforms.values())
+        self._progress.enter("the whole model")
+        distiller = Distiller(self._gm, transforms, fits, self._weights, self._batches, self._config.calibration)
+        trained, stage = distiller.run(self._progress)
+        for transform in transforms:
+            transform.apply(self._gm, trained[transform.name])
+        self._gm.meta.setdefault("parofx_block_reports", {})["the whole model"] = BlockReport(
+            "the whole model", (stage,)
+        )
 
     def _run_segment(
         self, stream: BlockStream, students: Sequence[Border], segment: str, names: Sequence[str]
@@ -207,16 +226,6 @@ def _digest(gm: GraphModule, config: ParoConfig, batches: Sequence[Mapping[str, 
         return ""
     beginnings = ((name, tensor.detach().flatten()[:1024]) for name, tensor in gm.named_parameters())
     return fingerprint(config.to_dict() | {"graph": gm.code}, beginnings, batches)
-
-
-def first_held_out(batches: Sequence[Mapping[str, Any]], samples: int) -> int:
-    """Return the first of the trailing batches that hold about so many samples; half the batches stay in front."""
-    first = len(batches)
-    while samples > 0 and first > max(1, len(batches) - len(batches) // 2):
-        first -= 1
-        tensors = (value for value in batches[first].values() if isinstance(value, Tensor) and value.dim())
-        samples -= max(map(len, tensors), default=1)
-    return first
 
 
 def _check_batch(index: int, batch: Mapping[str, Any]) -> None:

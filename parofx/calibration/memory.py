@@ -5,6 +5,7 @@ Every term is a bound, and their sum is one although no two of them need be larg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ _FITTED_COPIES = 10
 _FEEDBACK_MATRICES = 10
 #: Copies in fp32 of a block's weights while it is trained: with gradients, two moments, the best, and what was rounded.
 _TRAINED_COPIES = 14
+#: Copies in fp32 of a block's weights while the model is distilled: effective, rounded, rotated back, and gradients.
+_DISTILLED_COPIES = 8
 #: fp32 copies of the rows of a batch while their products are summed.
 _ROW_COPIES = 5
 
@@ -53,6 +56,7 @@ def memory_terms(
     model_bytes: int,
     packed_bytes: int,
     itemsize: int,
+    distilled: Sequence[SegmentTraffic] = (),
 ) -> dict[str, int]:
     """Return the largest number of bytes that each part of a run holds at a time.
 
@@ -63,6 +67,7 @@ def memory_terms(
         model_bytes: of the float model.
         packed_bytes: of the quantized linears.
         itemsize: bytes of one float weight.
+        distilled: what flows through the graph while the whole model is trained; none without that.
     """
     calibration = config.calibration
     by_name = {shape.name: shape for shape in shapes}
@@ -85,6 +90,16 @@ def memory_terms(
         terms["training"] = max(
             one.outputs + 2 * one.saved + _TRAINED_COPIES * 4 * sum(shape.weights for shape in block)
             for one, block in zip(segments, blocks, strict=True)
+        )
+    if distilled:
+        blocks_weights = [sum(by_name[name].weights for name in one.transforms) for one in distilled]
+        share = max((one.rows / one.all_rows for one in distilled if one.all_rows), default=1.0)
+        # Codes as 16-bit integers at most, and what both models return of each block, with gradients.
+        terms["distillation"] = (
+            2 * sum(shape.weights for shape in shapes)
+            + 4 * _DISTILLED_COPIES * max(blocks_weights)
+            + 2 * max(one.saved for one in distilled)
+            + math.ceil(3 * share * sum(one.outputs for one in distilled))
         )
     return terms
 

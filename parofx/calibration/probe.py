@@ -29,6 +29,8 @@ _STEPS = 4
 _OUT_FEATURES = 512
 #: A backward takes about two forwards.
 _TRAINING_FORWARDS = 3
+#: Blocks run twice, and the float model once besides; weights are computed anew each time.
+_DISTILLED_FORWARDS = 6
 
 
 def estimate_seconds(
@@ -39,6 +41,7 @@ def estimate_seconds(
     bits: int,
     dtype: torch.dtype,
     device: torch.device,
+    distilled: Sequence[SegmentTraffic] = (),
 ) -> float:
     """Return the seconds of fits, forwards and statistics.
 
@@ -49,6 +52,7 @@ def estimate_seconds(
         bits: width of a weight.
         dtype: of the model.
         device: where the run will be.
+        distilled: what flows through the graph while the whole model is trained; none without that.
     """
     if not shapes:
         return 0.0
@@ -76,7 +80,8 @@ def estimate_seconds(
             seconds += exact * one.all_rows * 2 * sizes[name].in_features * narrow
     passes = 1 + config.trains_blocks
     epochs = config.transform_epochs + config.weight_epochs + config.tune_epochs
-    return seconds + per_flop * sum(one.flops for one in segments) * (passes + _TRAINING_FORWARDS * epochs)
+    seconds += per_flop * sum(one.flops for one in segments) * (passes + _TRAINING_FORWARDS * epochs)
+    return seconds + per_flop * sum(one.flops for one in distilled) * _DISTILLED_FORWARDS * config.distill_epochs
 
 
 def _fit(shape: TransformShape, config: CalibrationConfig, with_data: bool, bits: int, device: torch.device) -> float:

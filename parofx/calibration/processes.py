@@ -43,7 +43,7 @@ def check_divisible(batches: int, config: CalibrationConfig) -> None:
 
     Raises:
         DataError: if there is not a batch for each.
-        ConfigError: if the recipe trains blocks, or there is a `work_dir`.
+        ConfigError: if the recipe trains, or there is a `work_dir`.
     """
     processes = process_count()
     if processes == 1:
@@ -53,10 +53,10 @@ def check_divisible(batches: int, config: CalibrationConfig) -> None:
             f"calibration must hold a batch for each process, got {batches} for {processes} processes: give more "
             f"sequences, smaller batches (batch_size is {config.batch_size}), or start fewer processes"
         )
-    if config.trains_blocks:
+    if config.trains:
         raise ConfigError(
-            f"recipes that train blocks run in one process, got recipe {config.recipe!r} in {processes} processes; "
-            "use recipe='fast', or start one process"
+            f"recipes that train run in one process, got recipe {config.recipe!r} in {processes} processes; "
+            "use recipe='fast' and distill_epochs=0, or start one process"
         )
     if config.work_dir is not None:
         raise ConfigError(f"work_dir is for a run in one process, got {processes} processes; leave it out")

@@ -31,6 +31,7 @@ _FAST: dict[str, object] = {
     "transform_epochs": 0,
     "weight_epochs": 0,
     "tune_epochs": 0,
+    "distill_epochs": 0,
     "transform_learning_rate": 0.05,
     "block_loss": "relative",
 }

@@ -126,34 +126,38 @@ def measure_sensitivities(
             score = _token_score if logits else _normal_score
             chosen = logits or leaves
             if chosen:
-                scores = [_unmasked(score(leaf.detach(), generator), masks) for leaf in chosen]
+                scores = [unmasked(score(leaf.detach(), generator), masks) for leaf in chosen]
                 torch.autograd.backward(chosen, scores)
     return found
 
 
-def first_sequences(gm: GraphModule, batches: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """Return the first `count` sequences, each a batch of its own where the captured graph serves such."""
+def first_sequences(
+    gm: GraphModule, batches: Sequence[Mapping[str, Any]], count: int, *, at_a_time: int = 1
+) -> list[Mapping[str, Any]]:
+    """Return the first `count` sequences, so many of them to a batch where the captured graph serves such."""
     found: list[Mapping[str, Any]] = []
     for batch in batches:
         # Vectors may hold something of each position instead.
         size = max((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1), default=1)
-        single = [
-            {name: _row(value, index, size) for name, value in batch.items()} for index in range(min(size, count))
+        end = min(size, count)
+        parts = [
+            {name: _rows(value, slice(first, min(first + at_a_time, end)), size) for name, value in batch.items()}
+            for first in range(0, end, at_a_time)
         ]
-        served = single and why_not_served(gm, bind_inputs(gm, single[0])) is None
-        found += single if served else [batch]
-        count -= len(single) if served else size
+        served = parts and all(why_not_served(gm, bind_inputs(gm, part)) is None for part in (parts[0], parts[-1]))
+        found += parts if served else [batch]
+        count -= end if served else size
         if count <= 0:
             break
     return found
 
 
-def _row(value: Any, index: int, size: int) -> Any:
+def _rows(value: Any, rows: slice, size: int) -> Any:
     alike = isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
-    return value[index : index + 1] if alike else value
+    return value[rows] if alike else value
 
 
-def _unmasked(score: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+def unmasked(score: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
     """Return a score without the rows `(batch, sequence)` that the one mask of its shape leaves out."""
     fitting = [mask for mask in masks.values() if mask.shape == score.shape[:2]]
     return score * fitting[0][..., None].to(score) if len(fitting) == 1 else score

@@ -136,6 +136,16 @@ def _check_inputs(gm: GraphModule, masks: RowMasks, batches: Sequence[Border]) -
             )
 
 
+def first_held_out(batches: Sequence[Mapping[str, Any]], samples: int) -> int:
+    """Return the first of the trailing batches that hold about so many samples; half the batches stay in front."""
+    first = len(batches)
+    while samples > 0 and first > max(1, len(batches) - len(batches) // 2):
+        first -= 1
+        tensors = (value for value in batches[first].values() if isinstance(value, Tensor) and value.dim())
+        samples -= max(map(len, tensors), default=1)
+    return first
+
+
 def bind_inputs(gm: GraphModule, batch: Mapping[str, Any]) -> Border:
     """Return the graph's placeholders bound to a batch.
 

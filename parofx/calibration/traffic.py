@@ -46,17 +46,20 @@ class SegmentTraffic:
     all_rows: int = 0
 
 
-def measure_segments(gm: GraphModule, batches: Sequence[Mapping[str, Any]]) -> tuple[SegmentTraffic, ...]:
+def measure_segments(
+    gm: GraphModule, batches: Sequence[Mapping[str, Any]], *, whole: bool = False
+) -> tuple[SegmentTraffic, ...]:
     """Return what each segment holds that `DataRun` would run.
 
     Args:
         gm: a PREPARED graph on the meta device.
         batches: on the meta device too.
+        whole: whether those behind the last transform run as well, as distillation has it.
     """
     alike = Counter(_shapes(batch) for batch in batches)
     stream = BlockStream(gm, list({_shapes(batch): batch for batch in batches}.values()))
     segments = {name: SegmentTraffic(tuple(stream.transforms_of(name))) for name in stream.segments}
-    last = max((index for index, one in enumerate(segments.values()) if one.transforms), default=-1)
+    last = max((index for index, one in enumerate(segments.values()) if whole or one.transforms), default=-1)
     for name, segment in list(segments.items())[: last + 1]:
         module = stream.module(name)
         for border, count in zip(stream.borders, alike.values(), strict=True):

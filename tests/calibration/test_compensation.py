@@ -118,5 +118,5 @@ def test_a_quantized_model_has_corrections(tmp_path, with_data):
 
 
 def test_recipes_that_train_blocks_are_refused():
-    with pytest.raises(ConfigError, match="compensation_rank must be 0 in a recipe that trains blocks, got 4"):
+    with pytest.raises(ConfigError, match="compensation_rank must be 0 in a recipe that trains, got 4"):
         CalibrationConfig(recipe="best", compensation_rank=4)

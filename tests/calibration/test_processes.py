@@ -156,7 +156,7 @@ def test_each_process_needs_a_batch(claimed):
 
 def test_what_is_for_one_process(claimed, tmp_path):
     for options, message in (
-        ({"recipe": "best"}, "recipes that train blocks run in one process, got recipe 'best' in 2"),
+        ({"recipe": "best"}, "recipes that train run in one process, got recipe 'best' in 2"),
         ({"work_dir": str(tmp_path)}, "work_dir is for a run in one process, got 2"),
     ):
         config = ParoConfig(calibration=CalibrationConfig(samples=6, batch_size=1, **options))
