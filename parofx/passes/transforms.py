@@ -36,6 +36,11 @@ class TransformedLinear:
         assert isinstance(bits, int)
         return bits
 
+    @property
+    def bits_given(self) -> bool:
+        """Whether `lm_head` gave that width: it is not to be chosen."""
+        return bool(self.fake_quantize.meta.get("parofx_bits_given"))
+
     def correction(self, gm: GraphModule) -> tuple[Tensor, Tensor] | None:
         """Return `(down (r, K), up (r, N))`, fp16, that is added to its fake-quantized weight, or None."""
         return correction(gm, self.calls[0].args[1])

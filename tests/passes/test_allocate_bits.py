@@ -141,6 +141,41 @@ def test_a_quantized_head_keeps_its_width(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+class WiderHead(nn.Module):
+    """A head of more rows than the table of tokens, and linears with as many as the table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(20, 64), nn.Embedding(64, 64)
+        self.inner, self.head = nn.Linear(64, 64), nn.Linear(64, 24)
+
+    def forward(self, ids):
+        return self.head(self.inner(self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))))
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def test_heads_keep_their_width_whatever_tables_there_are():
+    report = parofx.quantize(
+        WiderHead().eval(),
+        config(9.0, lm_head=4),
+        calibration=[torch.arange(20)[None]],
+        example_inputs=torch.arange(20)[None],
+        progress=False,
+    )
+    assert {one.name: one.bits for one in report.linears} == {"inner": 8, "head": 4}
+
+
+def test_a_budget_is_met_to_the_byte():
+    gm = prepared(config(None))
+    weights = sum(linear.weight.numel() for one in find_transforms(gm) for linear in one.linears)
+    least, most = AllocateBits(config(10**400)).byte_range(gm)
+    assert least < most
+    for stored in range(least, least + 50):
+        assert AllocateBits(config(8 * stored / weights)).byte_range(gm) == (least, stored)
+
+
 def test_without_a_budget_nothing_changes():
     gm = prepared(config(None))
     report = AllocateBits(config(None), batches()).run(gm)
