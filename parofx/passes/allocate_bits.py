@@ -30,7 +30,7 @@ from parofx.packing import COLUMNS_PER_RUN
 from parofx.pairing import make_pairs
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.linears import find_embeddings
-from parofx.passes.transforms import Transform, TransformedLinear, find_transforms
+from parofx.passes.transforms import Transform, TransformedLinear, check_weights, find_transforms
 
 #: Calibration sequences on which the output's sensitivity is measured.
 _SEQUENCES = 8
@@ -56,12 +56,14 @@ class AllocateBits:
 
         Raises:
             ConfigError: if no choice of formats meets the budget, naming the smallest that one does.
+            DataError: naming a weight that is not finite, or a linear whose input or gradient is not.
         """
         report = PassReport(self.name)
         set_stage(gm, Stage.PREPARED)
         transforms = find_transforms(gm)
         if self.config.calibration.bits_budget is None or not transforms:
             return report
+        check_weights(transforms)
         candidates = [self._candidates(one) for one in transforms]
         budget = self._budget(candidates)
         # Of several processes each measures for itself: equal graphs and sequences give equal formats, and calibration

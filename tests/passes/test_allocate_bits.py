@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 import parofx
 from parofx import CalibrationConfig, ParoConfig
-from parofx.errors import ConfigError
+from parofx.errors import ConfigError, DataError
 from parofx.passes import AllocateBits, Calibrate, InsertTransforms, Stage, stage_of, verify_stage
 from parofx.passes.capture import capture
 from parofx.passes.transforms import find_transforms
@@ -139,6 +139,24 @@ def test_a_quantized_head_keeps_its_width(tmp_path):
     loaded = parofx.load_pretrained(tmp_path)
     ids = torch.arange(3, 10)[None]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_weight_that_is_not_finite_is_named_and_not_the_data():
+    model = graphs.Stack(2).eval()
+    model.whatever[0].down.weight.data[3, 5] = float("nan")
+    gm = capture(model, graphs.rows(16, 64))
+    InsertTransforms(config(5.0)).run(gm)
+    with pytest.raises(DataError, match=r"the weight of whatever\.0\.down must be finite, got NaN or infinity"):
+        AllocateBits(config(5.0), batches()).run(gm)
+
+
+def test_inference_mode_is_left_where_gradients_are_needed():
+    model = graphs.Stack(2).eval()
+    with torch.inference_mode():
+        given = {"calibration": [graphs.rows(16, 64)], "example_inputs": graphs.rows(16, 64)}
+        report = parofx.quantize(model, config(5.0), progress=False, **given)
+    assert all(one.predicted_loss > 0 for one in report.linears)
+    assert not any(buffer.is_inference() for buffer in model.buffers())
 
 
 class WiderHead(nn.Module):
