@@ -41,6 +41,7 @@ _HOOKS = (
 )  # fmt: skip
 
 
+@torch.inference_mode(False)  # formats are chosen, and blocks trained, by gradients
 def quantize(
     model: nn.Module,
     config: ParoConfig | None = None,
@@ -161,7 +162,12 @@ def _batches(model: nn.Module, config: ParoConfig, calibration: object, tokenize
 
 
 def _move(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    """Return inputs on a device, as tensors that autograd may save."""
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return {
+        name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+        for name, value in moved.items()
+    }
 
 
 def _example_inputs(

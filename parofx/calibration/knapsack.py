@@ -86,23 +86,23 @@ def choose(groups: Sequence[Sequence[Variant]], budget: int) -> list[Choice]:
     shape = (len(groups) + len(members), len(chosen) + len(keys))
     sums = np.concatenate([np.ones(len(groups)), np.zeros(len(members))])
     structure = LinearConstraint(coo_array((values, (rows, columns)), shape=shape).tocsr(), sums, sums)
-    costs = np.concatenate([np.zeros(len(chosen), np.int64), [one.cost for one in options]])
     losses = np.concatenate([np.zeros(len(chosen)), [one.loss for one in options]])
+    extras = np.array([*_variant_extras(groups), *_option_extras(groups)], dtype=np.int64)
+    slack = min(budget, largest_cost(groups)) - least
     # The solver's tolerances are absolute: neither bytes nor divergences are numbers near 1.
-    largest = max(1, costs.max())
     worst = sum(max(one.loss for one in groups[g][v][m]) for g, v, m in members) or 1.0
-    limit = budget
+    limit, unit = slack, max(1, slack)
     while True:
         found = milp(
             losses * (_LOSS_SCALE / worst),
-            constraints=[structure, LinearConstraint(costs[None] / largest, -np.inf, limit / largest)],
+            constraints=[structure, LinearConstraint(np.minimum(extras, 2 * unit)[None] / unit, -np.inf, limit / unit)],
             integrality=np.ones(shape[1]),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 0.0},
         )
         assert found.x is not None, found.message
         taken = np.round(found.x).astype(bool)
-        excess = int(costs[taken].sum()) - budget
+        excess = int(extras[taken].sum()) - slack
         if excess <= 0:
             break
         limit -= excess  # within the solver's tolerance, and not within ours
@@ -111,3 +111,27 @@ def choose(groups: Sequence[Sequence[Variant]], budget: int) -> list[Choice]:
         if column:
             result.setdefault(key[:2], {})[key[2]] = key[3]
     return [Choice(v, tuple(picked[m] for m in sorted(picked))) for (_, v), picked in sorted(result.items())]
+
+
+def _variant_extras(groups: Sequence[Sequence[Variant]]) -> list[int]:
+    """Return what each variant costs beyond its group's cheapest, with its cheapest options.
+
+    Counted from the cheapest choice on, costs are of the size of what is left to spend, and the solver's tolerance is a
+    small part of that: the cheapest choice itself, which costs 0, stays within any limit.
+    """
+    found = []
+    for variants in groups:
+        costs = [sum(min(one.cost for one in member) for member in variant) for variant in variants]
+        found += [cost - min(costs) for cost in costs]
+    return found
+
+
+def _option_extras(groups: Sequence[Sequence[Variant]]) -> list[int]:
+    """Return what each option costs beyond its member's cheapest."""
+    return [
+        one.cost - min(other.cost for other in member)
+        for variants in groups
+        for variant in variants
+        for member in variant
+        for one in member
+    ]

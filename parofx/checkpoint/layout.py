@@ -24,7 +24,12 @@ from parofx.ops import DEFAULT_BITS
 #: `quant_method` of the published checkpoints.
 QUANT_METHOD = "paroquant"
 #: What the configuration lists of modules that differ from the rest, by its key.
-PER_MODULE = {"module_bits": "bits", "group_sizes": "group sizes", "module_krots": "krots"}
+PER_MODULE = {
+    "module_bits": "bits",
+    "group_sizes": "group sizes",
+    "module_krots": "krots",
+    "module_ranks": "ranks of corrections",
+}
 #: Any of these marks a module as quantized; the rest of its tensors must then be there too.
 _MARKS = ("qweight", "qzeros", "channel_scales")
 _FUSED_EXPERTS = tuple(
@@ -45,8 +50,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """Return the `quantization_config` of a model's `ParoLinear`s.
 
     `bits`, `group_size` and `krot` are the most frequent ones; if there are others, `module_bits`, `group_sizes` and
-    `module_krots` list the modules that have them; `compensation_rank` is the highest, where there are low-rank
-    corrections. So what is stored in 4 bits, one group size and one krot is described as if there were nothing else.
+    `module_krots` list the modules that have them. `compensation_rank` is the highest, where there are low-rank
+    corrections, and `module_ranks` lists the modules whose rank is not that, or as much of it as their sizes allow. So
+    what is stored in 4 bits, one group size and one krot is described as if there were nothing else.
 
     Raises:
         CheckpointError: if there is no `ParoLinear`, or the model is one itself.
@@ -75,8 +81,14 @@ def describe(model: nn.Module) -> dict[str, Any]:
         }
     if len(widths) > 1:
         config["module_bits"] = {name: linear.bits for name, linear in linears.items() if linear.bits != bits}
-    if any(linear.compensation_rank for linear in linears.values()):
-        config["compensation_rank"] = max(linear.compensation_rank for linear in linears.values())
+    if rank := max(linear.compensation_rank for linear in linears.values()):
+        config["compensation_rank"] = rank
+        ranks = {
+            name: linear.compensation_rank
+            for name, linear in linears.items()
+            if linear.compensation_rank != min(rank, linear.in_features, linear.out_features)
+        }
+        config |= {"module_ranks": ranks} if ranks else {}
     if len(krots) > 1:
         config["module_krots"] = {name: linear.krot for name, linear in linears.items() if linear.krot != krot}
     return config
@@ -135,6 +147,9 @@ def why_not_readable(config: object) -> list[str]:
         return [f"quant_method must be {QUANT_METHOD!r}, got {config.get('quant_method')!r}"]
     if config.get("bits", DEFAULT_BITS) not in PACKED_BITS:
         return [f"bits must be one of {PACKED_BITS}, got {config['bits']!r}"]
+    rank = config.get("compensation_rank", 0)
+    if not isinstance(rank, int) or rank < 0:
+        return [f"compensation_rank must be an integer of at least 0, got {rank!r}"]
     return [
         f"{key} must map module names to {what}, got {config[key]!r}"
         for key, what in PER_MODULE.items()
@@ -154,24 +169,25 @@ def why_not_quantized(quantized: Quantized, config: Mapping[str, Any]) -> list[s
         except ShapeError as error:
             problems.append(_naming(name, error))
             continue
+        highest = config.get("compensation_rank")
+        rank = None if highest is None else min(highest, tensors["qweight"].shape[0], tensors["scales"].shape[1])
         stated = {
             "bits": listed["module_bits"].get(name, config.get("bits")),
             "group_size": listed["group_sizes"].get(name, config.get("group_size")),
             "krot": listed["module_krots"].get(name, config.get("krot")),
+            "compensation_rank": listed["module_ranks"].get(name, rank),
         }
         found = {
             "bits": packing.packed_bits(tensors["qweight"], tensors["scales"]),
             "group_size": tensors["qweight"].shape[0] // tensors["scales"].shape[0],
             "krot": tensors["pairs"].shape[0],
+            "compensation_rank": linear_tensors.compensation_rank(tensors),
         }
         problems += [
             f"{name}: quantization_config says {key} {stated[key]}, the tensors say {found[key]}"
             for key in found
             if stated[key] not in (None, found[key])
         ]
-        rank, highest = linear_tensors.compensation_rank(tensors), config.get("compensation_rank")
-        if highest is not None and rank > highest:
-            problems.append(f"{name}: quantization_config says compensation_rank {highest}, the tensors say {rank}")
     return problems
 
 

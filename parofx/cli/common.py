@@ -39,7 +39,7 @@ TrustRemoteCode = Annotated[
 ]
 
 
-def _in_a_folder(path: Path | None) -> Path | None:
+def in_a_folder(path: Path | None) -> Path | None:
     """Refuse a file that could not be written, before the work rather than after it."""
     if path is not None and not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.absolute().parent}")
@@ -53,7 +53,7 @@ JsonFile = Annotated[
         help="Also write the result to this file.",
         dir_okay=False,
         writable=True,
-        callback=_in_a_folder,
+        callback=in_a_folder,
     ),
 ]
 

@@ -36,7 +36,7 @@ def evaluate(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="A task of lm-eval; may be repeated. Needs `parofx[eval]`.", show_default=False),
+        typer.Option(help="A task of lm-eval; may be repeated. Needs `parofx\\[eval]`.", show_default=False),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The float model, for KL divergence and top-1 agreement.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from parofx.cli.common import JsonFile, console, size, write_json
+from parofx.cli.common import JsonFile, console, in_a_folder, size, write_json
 from parofx.cli.quantize import REPORT_FILE
 from parofx.errors import CheckpointError, one_per_line
 
@@ -48,7 +48,10 @@ def inspect(
     sort: Annotated[Literal["name", "error", "size"], typer.Option(help="Order of the layers.")] = "name",
     json_file: JsonFile = None,
     page: Annotated[
-        Path | None, typer.Option(help="Write the report of the run that made it as an HTML page.", dir_okay=False)
+        Path | None,
+        typer.Option(
+            help="Write the report of the run that made it as an HTML page.", dir_okay=False, callback=in_a_folder
+        ),
     ] = None,
 ) -> None:
     """List the quantized layers of a checkpoint. Reads headers only, whatever the checkpoint's size.

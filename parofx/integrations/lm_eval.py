@@ -11,6 +11,8 @@ Importing this registers `"paro"` with lm-eval, whose `pretrained` is anything t
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +28,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import nn
 
-from parofx.errors import ConfigError, DataError
+from parofx.errors import ConfigError, DataError, ParoError
 from parofx.models import load_model
 
 #: What lm-eval names the standard error of a metric.
@@ -37,6 +39,10 @@ _LOADING = frozenset({
     "autogptq", "delta", "gguf_file", "gptqmodel", "mixed_precision_dtype", "parallelize", "peft", "subfolder",
     "tp_plan",
 })  # fmt: skip
+#: Those that are not: it takes any other without a word.
+_OPTIONS = frozenset(
+    name for name, one in inspect.signature(HFLM.__init__).parameters.items() if one.kind is not one.VAR_KEYWORD
+) - {"self", *_LOADING}
 #: Draws for the standard error of what is no mean over samples; lm-eval's own 100,000 take minutes.
 _BOOTSTRAP = 1000
 
@@ -75,7 +81,7 @@ class ParoLM(HFLM):  # type: ignore[misc]
         options: further ones of lm-eval's `HFLM`; not those by which it would load a model itself.
 
     Raises:
-        ConfigError: if an option is for loading, which is done here.
+        ConfigError: if an option is for loading, which is done here, or there is none of that name.
         CheckpointError: if there is nothing to load.
         DataError: if there is no tokenizer.
     """
@@ -92,6 +98,8 @@ class ParoLM(HFLM):  # type: ignore[misc]
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
+        if unknown := sorted(set(options) - _OPTIONS - _LOADING):
+            raise ConfigError(f"unknown options of a model 'paro': got {unknown}, accepted are {sorted(_OPTIONS)}")
         refused = sorted(set(options) & _LOADING)
         if refused or dtype not in (None, "auto", *_DTYPES):
             raise ConfigError(
@@ -143,9 +151,12 @@ def run_tasks(
         compile: score with the compiled model.
 
     Raises:
-        ConfigError: if there is no such task.
-        DataError: if a task's data cannot be had, or there is no tokenizer.
+        ConfigError: if there is no such task, or a number is too small.
+        DataError: if a task's data cannot be had or scored, or there is no tokenizer.
     """
+    for name, value, least in (("limit", limit, 1), ("fewshot", fewshot, 0), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
     manager = find_tasks(tasks, include)
     if tokenizer is None:
         raise DataError(f"{type(model).__name__} has no tokenizer: the tasks of lm-eval are text")
@@ -154,11 +165,18 @@ def run_tasks(
             manager.load(list(tasks))
         except (OSError, ValueError) as error:
             raise DataError(f"lm-eval could not load {', '.join(tasks)}: {error}") from error
-        lm = ParoLM(model, tokenizer, compile=compile, batch_size=batch_size)
-        results = simple_evaluate(
-            lm, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=fewshot, log_samples=False,
-            bootstrap_iters=_BOOTSTRAP,
-        )  # fmt: skip
+        # Of its own, for lm-eval gives it a padding token.
+        lm = ParoLM(model, copy.deepcopy(tokenizer), compile=compile, batch_size=batch_size)
+        try:
+            results = simple_evaluate(
+                lm, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=fewshot, log_samples=False,
+                bootstrap_iters=_BOOTSTRAP,
+            )  # fmt: skip
+        except ParoError:
+            raise
+        except ValueError as error:
+            shots = "" if fewshot is None else f" with {fewshot} examples in a prompt"
+            raise DataError(f"lm-eval could not score {', '.join(tasks)}{shots}: {error}") from error
     return tuple(_scores(results))
 
 

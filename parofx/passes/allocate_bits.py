@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +30,7 @@ from parofx.packing import COLUMNS_PER_RUN
 from parofx.pairing import make_pairs
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.linears import find_embeddings
-from parofx.passes.transforms import Transform, TransformedLinear, find_transforms
+from parofx.passes.transforms import Transform, TransformedLinear, check_weights, find_transforms
 
 #: Calibration sequences on which the output's sensitivity is measured.
 _SEQUENCES = 8
@@ -54,13 +56,15 @@ class AllocateBits:
 
         Raises:
             ConfigError: if no choice of formats meets the budget, naming the smallest that one does.
+            DataError: naming a weight that is not finite, or a linear whose input or gradient is not.
         """
         report = PassReport(self.name)
         set_stage(gm, Stage.PREPARED)
         transforms = find_transforms(gm)
         if self.config.calibration.bits_budget is None or not transforms:
             return report
-        candidates = [self._candidates(gm, one) for one in transforms]
+        check_weights(transforms)
+        candidates = [self._candidates(one) for one in transforms]
         budget = self._budget(candidates)
         # Of several processes each measures for itself: equal graphs and sequences give equal formats, and calibration
         # refuses graphs that differ.
@@ -90,11 +94,11 @@ class AllocateBits:
         Raises:
             ConfigError: as `run` does for a budget that cannot be met.
         """
-        candidates = [self._candidates(gm, one) for one in find_transforms(gm)]
+        candidates = [self._candidates(one) for one in find_transforms(gm)]
         budget = self._budget(candidates)
         return smallest_cost(_costs(candidates)), min(budget, largest_cost(_costs(candidates)))
 
-    def _candidates(self, gm: GraphModule, transform: Transform) -> _Candidates:
+    def _candidates(self, transform: Transform) -> _Candidates:
         """Return the formats that a transform and its linears may take."""
         config, in_features = self.config, transform.linears[0].weight.shape[1]
         sizes = [one for one in (config.group_size, *FALLBACK_GROUP_SIZES) if one <= config.group_size]
@@ -104,12 +108,11 @@ class AllocateBits:
             if in_features % size == 0
             for krot in sorted({config.krot, config.krot // 2, 0}, reverse=True)
         ]
-        vocabularies = {len(table) for table in find_embeddings(gm)}
         bits = []
         for linear in transform.linears:
             rows = len(linear.weight)
             widths = tuple(width for width in PACKED_BITS if rows % COLUMNS_PER_RUN[width] == 0)
-            bits.append((linear.bits,) if config.lm_head != "float" and rows in vocabularies else widths)
+            bits.append((linear.bits,) if linear.bits_given else widths)
         rank = config.calibration.compensation_rank
         return _Candidates(transform, tuple(dict.fromkeys(forms)), tuple(bits), rank)
 
@@ -118,7 +121,9 @@ class AllocateBits:
         weights = sum(linear.weight.numel() for one in candidates for linear in one.transform.linears)
         asked = self.config.calibration.bits_budget
         assert asked is not None
-        budget, least = math.floor(asked * weights / 8), smallest_cost(_costs(candidates))
+        # Exact but for the last digits of a float, so that the bits of a report are a budget for what it reports.
+        exact = Fraction(asked) * weights / 8
+        budget, least = math.floor(exact * (1 + Fraction(sys.float_info.epsilon))), smallest_cost(_costs(candidates))
         if least > budget:
             raise ConfigError(
                 f"bits_budget must be at least {math.ceil(8000 * least / weights) / 1000:.3f} for this model, got "

@@ -22,10 +22,9 @@ from parofx.calibration.processes import process_index
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.statistics import InputStatistics
 from parofx.config import ParoConfig
-from parofx.errors import DataError
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.derived import derived
-from parofx.passes.transforms import Transform, find_transforms
+from parofx.passes.transforms import Transform, check_weights, find_transforms
 from parofx.report import BlockReport, TransformReport
 
 
@@ -54,7 +53,7 @@ class Calibrate:
             DataError: naming a weight, input or batch that is not finite, empty or of another form.
         """
         transforms = find_transforms(gm)
-        _check_weights(transforms)
+        check_weights(transforms)
         shown = self.progress and process_index() == 0
         with torch.no_grad(), BlockProgress(transforms, enabled=shown) as progress:
             if self.batches is None or self.config.calibration.recipe == "data-free":
@@ -111,14 +110,3 @@ def reports_of(gm: GraphModule) -> tuple[TransformReport, ...]:
 def block_reports_of(gm: GraphModule) -> tuple[BlockReport, ...]:
     """Return what calibration noted of each block it trained."""
     return tuple(gm.meta.get("parofx_block_reports", {}).values())
-
-
-def _check_weights(transforms: Sequence[Transform]) -> None:
-    weights = [linear for transform in transforms for linear in transform.linears]
-    wrong = [linear.name for linear in weights if not torch.isfinite(linear.weight).all()]
-    if wrong:
-        names = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise DataError(
-            f"the weight of {names} must be finite, got NaN or infinity; repair the model or add it to "
-            "modules_to_not_convert"
-        )

@@ -88,7 +88,7 @@ class InsertTransforms:
         for unit in units:
             reason = selection.why_not(unit)
             if reason is None:
-                unit.bits = selection.bits(unit)
+                unit.bits, unit.bits_given = selection.bits(unit), selection.bits_given(unit)
                 chosen.append(unit)
             else:
                 kept.append(FloatLinear(unit.name, *reason))
@@ -125,7 +125,7 @@ def _insert(gm: GraphModule, group: list[LinearUnit], group_size: int, config: P
                 for name in ("scales", "zeros")
             ]
             rounded = graph.call_function(FAKE_QUANTIZE, (rotated, *grid, unit.bits, group_size))
-        rounded.meta["parofx_linear"] = unit.name
+        rounded.meta["parofx_linear"], rounded.meta["parofx_bits_given"] = unit.name, unit.bits_given
         for node in (rotated, rounded):
             inherit_meta(node, unit.calls[0]).meta["val"] = _value(weight)
         quantized |= dict.fromkeys(unit.calls, rounded)

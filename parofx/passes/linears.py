@@ -45,7 +45,7 @@ class LinearUnit:
 
     A tensor that is read as it is and transposed is two matrices, of which the second has a `suffix` to its name. An
     output head that is to be quantized is known by its own `module`, though an embedding may own the weight. `bits` is
-    the width of its codes, once that is decided.
+    the width of its codes, once that is decided; `bits_given` says that `lm_head` gave it.
     """
 
     weight: Binding
@@ -54,6 +54,7 @@ class LinearUnit:
     suffix: str = ""
     module: str | None = None
     bits: int = 4
+    bits_given: bool = False
 
     @property
     def name(self) -> str:
@@ -174,8 +175,15 @@ class Selection:
 
     def bits(self, unit: LinearUnit) -> int:
         """Return the width of a unit's codes."""
+        return self._head_bits(unit) or self.config.bits
+
+    def bits_given(self, unit: LinearUnit) -> bool:
+        """Return whether a unit's width is `lm_head`'s."""
+        return self._head_bits(unit) is not None
+
+    def _head_bits(self, unit: LinearUnit) -> int | None:
         head = self.config.lm_head
-        return head if head != "float" and self._is_output_head(unit) else self.config.bits
+        return head if head != "float" and self._is_output_head(unit) else None
 
     def _is_output_head(self, unit: LinearUnit) -> bool:
         if unit.name in self.output_heads or unit.stays_float is FloatReason.OUTPUT_HEAD:

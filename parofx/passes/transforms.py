@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from parofx.calibration.fitting import FittedTransform
+from parofx.errors import DataError
 from parofx.passes.blocks import block_of
 from parofx.passes.compensation import compensate, correction, quantized_weight
 from parofx.passes.graph import ROTATE, TRANSPOSE, binding, get_attribute, nodes_calling, set_buffer
@@ -35,6 +37,11 @@ class TransformedLinear:
         bits = self.fake_quantize.args[3]
         assert isinstance(bits, int)
         return bits
+
+    @property
+    def bits_given(self) -> bool:
+        """Whether `lm_head` gave that width: it is not to be chosen."""
+        return bool(self.fake_quantize.meta.get("parofx_bits_given"))
 
     def correction(self, gm: GraphModule) -> tuple[Tensor, Tensor] | None:
         """Return `(down (r, K), up (r, N))`, fp16, that is added to its fake-quantized weight, or None."""
@@ -181,3 +188,19 @@ def find_transforms(gm: GraphModule) -> list[Transform]:
             linear = TransformedLinear(fake_quantize.meta["parofx_linear"], fake_quantize, sorted(calls))
             transform.linears.append(linear)
     return list(transforms.values())
+
+
+def check_weights(transforms: Sequence[Transform]) -> None:
+    """Check that the weights behind transforms are finite.
+
+    Raises:
+        DataError: naming those that are not.
+    """
+    weights = [linear for transform in transforms for linear in transform.linears]
+    wrong = [linear.name for linear in weights if not torch.isfinite(linear.weight).all()]
+    if wrong:
+        names = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise DataError(
+            f"the weight of {names} must be finite, got NaN or infinity; repair the model or add it to "
+            "modules_to_not_convert"
+        )

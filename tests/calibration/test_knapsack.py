@@ -52,6 +52,15 @@ def test_the_choice_is_the_best_of_all_within_the_budget(problem, where):
     assert choose(problem, budget) == choose(problem, budget)
 
 
+@pytest.mark.parametrize("slack", [0, 1, 5])
+def test_bytes_count_one_by_one_among_large_layers(slack):
+    large = 500_000_000  # a head of an 8B model: a byte of it is below the solver's tolerance
+    problem = [[[[Option(large, 1.0), Option(large + 1, 0.5), Option(large + 6, 0.0)]]] for _ in range(3)]
+    cost, loss = value(problem, choose(problem, 3 * large + slack))
+    assert cost <= 3 * large + slack
+    assert loss == 3 - 0.5 * min(slack, 3)
+
+
 @given(groups, st.integers(0, 100), st.integers(0, 100))
 def test_more_bytes_never_lose_more(problem, first, second):
     least = smallest_cost(problem)

@@ -1,5 +1,7 @@
 """The graph tells whose outputs are normalized before they are added to anything."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,22 @@ class SquaredRelu(nn.Module):
         return x + self.down(torch.nn.functional.relu(self.up(x)).square())
 
 
+class OneLinear(nn.Module):
+    """A linear whose output a function joins with its input."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor, nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.norm, self.join = nn.Linear(SIZE, SIZE), nn.RMSNorm(SIZE), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(x, self.linear(x), self.norm)
+
+
+def attended(x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+    mask = torch.zeros(y.shape[1], x.shape[1]).masked_fill(torch.ones(y.shape[1], x.shape[1]).triu(1).bool(), -1e9)
+    return x + norm(torch.softmax(y @ x.mT + mask, -1) @ x)
+
+
 def relative(model: nn.Module, *inputs: object, **config: object) -> set[str]:
     gm = parofx.prepare(parofx.capture(model.eval(), *inputs), parofx.ParoConfig(group_size=32, **config))
     transforms = find_transforms(gm)
@@ -73,6 +91,35 @@ def test_what_meets_a_norm_before_a_sum(norm: type[nn.Module], share: bool) -> N
     assert found(post=False, inner=False) == set()
     # Queries are, values are not; siblings count alike.
     assert found(post=False, inner=True) == (set() if share else {"q"})
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x, y, norm: x + y * norm(y).sigmoid().mean() + 0 * norm(y),
+        lambda x, y, norm: x + (y + norm(y)),
+        lambda x, y, norm: norm(torch.addcmul(x, y, norm.weight)),
+        lambda x, y, norm: norm(y.add_(x)),
+        lambda x, y, norm: x + y.relu().square().sum(1, keepdim=True),
+        lambda x, y, norm: x + y.square().mean(-1, keepdim=True),
+    ],
+    ids=["norm aside", "both", "scaled sum", "in place", "over tokens", "size alone"],
+)
+def test_what_joins_a_sum_as_it_is(join: Callable[..., Tensor]) -> None:
+    assert relative(OneLinear(join), torch.randn(2, 5, SIZE)) == set()
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        attended,
+        lambda x, y, norm: x + nn.functional.normalize(y, dim=-1),
+        lambda x, y, norm: x + (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True) + 1e-5).sqrt(),
+    ],
+    ids=["mask", "length", "variance"],
+)
+def test_what_is_over_its_size_before_a_sum(join: Callable[..., Tensor]) -> None:
+    assert relative(OneLinear(join), torch.randn(2, 5, SIZE)) == {"linear"}
 
 
 def test_squares_alone_are_no_norm() -> None:

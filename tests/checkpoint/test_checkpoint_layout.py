@@ -138,13 +138,25 @@ def test_bits_come_from_the_tensors_and_may_not_be_contradicted():
     ]
 
 
-def test_a_correction_of_higher_rank_than_stated_is_named():
+def test_a_correction_of_another_rank_than_stated_is_named():
     linear = ParoLinear(64, 32, group_size=32, krot=2, bias=False, compensation_rank=3)
-    modules = quantized() | {"more": dict(linear.state_dict())}
+    modules = {"more": dict(linear.state_dict())}
     assert layout.why_not_quantized(modules, {"compensation_rank": 3}) == []
-    assert layout.why_not_quantized(modules, {"compensation_rank": 2}) == [
-        "more: quantization_config says compensation_rank 2, the tensors say 3"
+    assert layout.why_not_quantized(modules, {"compensation_rank": 9, "module_ranks": {"more": 3}}) == []
+    for highest in (2, 4):
+        assert layout.why_not_quantized(modules, {"compensation_rank": highest}) == [
+            f"more: quantization_config says compensation_rank {highest}, the tensors say 3"
+        ]
+    lost = {"more": {key: one for key, one in modules["more"].items() if not key.startswith("compensation_")}}
+    assert layout.why_not_quantized(lost, {"compensation_rank": 3}) == [
+        "more: quantization_config says compensation_rank 3, the tensors say 0"
     ]
+
+
+def test_a_rank_that_is_none_is_refused():
+    for rank in ("2", -1, None):
+        problems = layout.why_not_readable({"quant_method": "paroquant", "compensation_rank": rank})
+        assert problems == [f"compensation_rank must be an integer of at least 0, got {rank!r}"]
 
 
 def test_every_contradictory_module_is_named():

@@ -116,7 +116,7 @@ def test_other_widths_are_listed_and_round_trip(tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
     assert config["bits"] == 4, "plain 4-bit modules stay as any reader expects them"
     assert config["module_bits"] == {"k": 8, "out": 3}
-    assert config["compensation_rank"] == 2
+    assert (config["compensation_rank"], config["module_ranks"]) == (2, {"q": 0, "out": 0})
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     assert [tuple(tensors[f"{name}.qweight"].shape) for name in ("q", "k", "out")] == [(64, 2), (64, 6), (40, 6)]
     loaded = load_pretrained(tmp_path / "model", model=net(seed=1))

@@ -145,8 +145,11 @@ def test_a_chat_needs_a_template(files: Files, run: Run, tmp_path: Path) -> None
         run("--traceback", "generate", tmp_path, "-p", "ships", "--chat", "--no-compile")
 
 
-def test_a_result_that_could_not_be_written_stops_before_the_work(run: Run, files: Files, tmp_path: Path) -> None:
-    status, output, _ = run("inspect", files.paro, "--json", tmp_path / "missing" / "x.json")
+@pytest.mark.parametrize("option", ["--json", "--page"])
+def test_a_result_that_could_not_be_written_stops_before_the_work(
+    run: Run, files: Files, tmp_path: Path, option: str
+) -> None:
+    status, output, _ = run("inspect", files.paro, option, tmp_path / "missing" / "x.json")
     assert status == 2
     assert "there is no folder" in output
 

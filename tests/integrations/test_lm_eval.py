@@ -107,13 +107,20 @@ def test_what_cannot_be_run_is_said(tasks: Path) -> None:
         ParoLM(model, tokenizer, peft="adapter", subfolder="x")
     with pytest.raises(ConfigError, match=r"got dtype 'torch.float32', accepted"):
         ParoLM(model, tokenizer, dtype="torch.float32")
+    with pytest.raises(ConfigError, match=r"got \['max_lenght'\], accepted are \[.*'max_length'"):
+        ParoLM(model, tokenizer, max_lenght=64)
+    with pytest.raises(ConfigError, match="limit must be at least 1, got 0"):
+        run_tasks(model, tokenizer, ["sea"], include=[tasks], limit=0)
+    with pytest.raises(DataError, match="could not score sea with 9 examples in a prompt: Sample larger"):
+        run_tasks(model, tokenizer, ["sea"], include=[tasks], fewshot=9)
 
 
 def test_the_caller_finds_everything_as_it_was(tasks: Path) -> None:
-    model = tiny.model().train()
+    model, tokenizer = tiny.model().train(), tiny.tokenizer()
     before = torch.get_rng_state(), random.getstate()
-    run_tasks(model, tiny.tokenizer(), ["sea"], include=[tasks])
+    run_tasks(model, tokenizer, ["sea"], include=[tasks])
     assert model.training
+    assert tokenizer.pad_token is None
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
 

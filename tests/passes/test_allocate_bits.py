@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 import parofx
 from parofx import CalibrationConfig, ParoConfig
-from parofx.errors import ConfigError
+from parofx.errors import ConfigError, DataError
 from parofx.passes import AllocateBits, Calibrate, InsertTransforms, Stage, stage_of, verify_stage
 from parofx.passes.capture import capture
 from parofx.passes.transforms import find_transforms
@@ -139,6 +139,59 @@ def test_a_quantized_head_keeps_its_width(tmp_path):
     loaded = parofx.load_pretrained(tmp_path)
     ids = torch.arange(3, 10)[None]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_weight_that_is_not_finite_is_named_and_not_the_data():
+    model = graphs.Stack(2).eval()
+    model.whatever[0].down.weight.data[3, 5] = float("nan")
+    gm = capture(model, graphs.rows(16, 64))
+    InsertTransforms(config(5.0)).run(gm)
+    with pytest.raises(DataError, match=r"the weight of whatever\.0\.down must be finite, got NaN or infinity"):
+        AllocateBits(config(5.0), batches()).run(gm)
+
+
+def test_inference_mode_is_left_where_gradients_are_needed():
+    model = graphs.Stack(2).eval()
+    with torch.inference_mode():
+        given = {"calibration": [graphs.rows(16, 64)], "example_inputs": graphs.rows(16, 64)}
+        report = parofx.quantize(model, config(5.0), progress=False, **given)
+    assert all(one.predicted_loss > 0 for one in report.linears)
+    assert not any(buffer.is_inference() for buffer in model.buffers())
+
+
+class WiderHead(nn.Module):
+    """A head of more rows than the table of tokens, and linears with as many as the table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(20, 64), nn.Embedding(64, 64)
+        self.inner, self.head = nn.Linear(64, 64), nn.Linear(64, 24)
+
+    def forward(self, ids):
+        return self.head(self.inner(self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))))
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def test_heads_keep_their_width_whatever_tables_there_are():
+    report = parofx.quantize(
+        WiderHead().eval(),
+        config(9.0, lm_head=4),
+        calibration=[torch.arange(20)[None]],
+        example_inputs=torch.arange(20)[None],
+        progress=False,
+    )
+    assert {one.name: one.bits for one in report.linears} == {"inner": 8, "head": 4}
+
+
+def test_a_budget_is_met_to_the_byte():
+    gm = prepared(config(None))
+    weights = sum(linear.weight.numel() for one in find_transforms(gm) for linear in one.linears)
+    least, most = AllocateBits(config(10**400)).byte_range(gm)
+    assert least < most
+    for stored in range(least, least + 50):
+        assert AllocateBits(config(8 * stored / weights)).byte_range(gm) == (least, stored)
 
 
 def test_without_a_budget_nothing_changes():

@@ -37,6 +37,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         module_bits: module name → bits, for the modules whose weights have another width.
         compensation_rank: highest rank of the modules' low-rank corrections, where there are such.
         module_krots: module name → krot, for the modules with more or fewer rounds.
+        module_ranks: module name → rank, for the modules whose corrections have another one, 0 for none.
         other: what other writers add, kept as it is.
 
     Raises:
@@ -53,6 +54,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         module_bits: dict[str, int] | None = None,
         compensation_rank: int | None = None,
         module_krots: dict[str, int] | None = None,
+        module_ranks: dict[str, int] | None = None,
         quant_method: str = layout.QUANT_METHOD,
         **other: Any,
     ) -> None:
@@ -65,6 +67,7 @@ class ParoQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.module_bits = module_bits
         self.compensation_rank = compensation_rank
         self.module_krots = module_krots
+        self.module_ranks = module_ranks
         self.__dict__.update(other)
         problems = layout.why_not_readable(self.to_dict())
         if problems:
