@@ -21,12 +21,16 @@ published checkpoints, the transpose of eq. 4.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from parofx.errors import ShapeError
+
+#: What is rotated at a time, so that an output head, with its hundreds of thousands of rows, is not held six times.
+BLOCK_ELEMENTS = 2**24
 
 
 class GatherForm(NamedTuple):
@@ -119,8 +123,13 @@ def rotate(v: Tensor, pairs: Tensor, theta: Tensor, scales: Tensor, group_size: 
         raise ShapeError(f"v must be a floating tensor, got {v.dtype}")
     dtype = compute_dtype(v.dtype)
     form = _gather_form_for(dtype, pairs, theta, group_size)
-    channels = _channels_first(v.to(dtype) * scales.reshape(-1).to(dtype))
-    return _channels_last(_apply_rounds(channels, form), v.shape).to(v.dtype)
+    scale = scales.reshape(-1).to(dtype)
+
+    def rotated(rows: Tensor) -> Tensor:
+        channels = _channels_first(rows.to(dtype) * scale)
+        return _channels_last(_apply_rounds(channels, form), rows.shape).to(v.dtype)
+
+    return _by_rows(rotated, v, (v, theta, scales))
 
 
 def inverse_rotate(v: Tensor, pairs: Tensor, theta: Tensor, scales: Tensor, group_size: int) -> Tensor:
@@ -134,8 +143,13 @@ def inverse_rotate(v: Tensor, pairs: Tensor, theta: Tensor, scales: Tensor, grou
         raise ShapeError(f"v must be a floating tensor, got {v.dtype}")
     dtype = compute_dtype(v.dtype)
     form = _gather_form_for(dtype, pairs, theta, group_size)
-    channels = _undo_rounds(_channels_first(v.to(dtype)), form)
-    return (_channels_last(channels, v.shape) / scales.reshape(-1).to(dtype)).to(v.dtype)
+    scale = scales.reshape(-1).to(dtype)
+
+    def restored(rows: Tensor) -> Tensor:
+        channels = _undo_rounds(_channels_first(rows.to(dtype)), form)
+        return (_channels_last(channels, rows.shape) / scale).to(v.dtype)
+
+    return _by_rows(restored, v, (v, theta, scales))
 
 
 def rotate_backward(
@@ -208,6 +222,22 @@ def _gather_form_for(dtype: torch.dtype, pairs: Tensor, theta: Tensor, group_siz
     """The gather form for values computed in `dtype`: cosines of narrower angles are as exact as the values."""
     form = gather_form(pairs, theta.to(torch.promote_types(theta.dtype, dtype)), group_size)
     return GatherForm(form.partner, form.cos.to(dtype), form.sin.to(dtype))
+
+
+def _by_rows(function: Callable[[Tensor], Tensor], v: Tensor, inputs: Iterable[Tensor]) -> Tensor:
+    """Apply a function of each row of `v (…, K)` to some rows at a time, where that keeps a round's copies small.
+
+    Gradients are recorded for all rows at once.
+    """
+    whole = v.numel() <= BLOCK_ELEMENTS or torch.compiler.is_compiling()
+    if whole or (torch.is_grad_enabled() and any(one.requires_grad for one in inputs)):
+        return function(v)
+    rows = v.reshape(-1, v.shape[-1])
+    result = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    count = max(1, BLOCK_ELEMENTS // v.shape[-1])
+    for source, target in zip(rows.split(count), result.split(count), strict=True):
+        target.copy_(function(source))
+    return result.view(v.shape)
 
 
 def _channels_first(v: Tensor) -> Tensor:
