@@ -4,7 +4,12 @@
 
 Models have the shape of a known one and random weights. Each variant lives in a process of its own, which gives its
 peak memory, and all are measured in turn, so that whatever else the machine does hits all of them. `--layers` cuts the
-models for a quick run; their output heads stay whole. Results go to benchmarks/results/cpu_model.json.
+models for a quick run; their output heads stay whole. Results go to benchmarks/results/cpu_model.json, beside those of
+variants that were measured before; ratios are to the first variant of one run.
+
+Leave OMP_WAIT_POLICY unset and the machine idle. A decoded token is several hundred short parallel loops: with
+`passive`, threads sleep and are woken for each of them, and where another process takes a core from threads that spin,
+all wait for it.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import importlib.util
 import itertools
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -83,9 +89,12 @@ class Measurement:
 def main() -> None:
     """Measure every model, print a table for each and write the JSON file."""
     options = _options()
-    report = {"options": vars(options), "models": {name: _measure(name, options) for name in options.model}}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu_model.json").write_text(json.dumps(report, indent=1))
+    path = RESULTS / "cpu_model.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.model:
+        report.setdefault(name, {}).update(_measure(name, options))
+        path.write_text(json.dumps(report, indent=1))
 
 
 def _options() -> argparse.Namespace:
@@ -124,7 +133,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for process, connection, _ in workers.values():
         connection.send(False)
         process.join()
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         name: {
             "prefill_tokens_per_second": options.prompt / statistics.median(measured.prefill),
             "decode_tokens_per_second": 1 / statistics.median(measured.decode),
@@ -133,6 +142,14 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, (_, _, measured) in workers.items()
     }
+    first = next(iter(rows.values()))
+    settings = {key: getattr(options, key) for key in ("layers", "prompt", "tokens", "rounds", "threads")}
+    settings["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")
+    for row in rows.values():
+        row.update(settings)
+        for phase in ("prefill", "decode"):
+            key = f"{phase}_tokens_per_second"
+            row[f"{phase}_ratio"] = row[key] / first[key]
     _print(name, rows)
     return rows
 
@@ -214,15 +231,13 @@ def _round(model: Any, config: Any, prompt: torch.Tensor, tokens: int) -> tuple[
     return times[1] - times[0], statistics.median(gaps)
 
 
-def _print(name: str, rows: dict[str, dict[str, float]]) -> None:
+def _print(name: str, rows: dict[str, dict[str, Any]]) -> None:
     table = Table(title=name)
     for heading in ("variant", "prefill tok/s", "decode tok/s", "x prefill", "x decode", "peak MiB", "model MiB"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
-    base = next(iter(rows.values()))
     for variant, row in rows.items():
         prefill, decode = row["prefill_tokens_per_second"], row["decode_tokens_per_second"]
-        ratios = (prefill / base["prefill_tokens_per_second"], decode / base["decode_tokens_per_second"])
-        shown = (f"{ratio:.2f}" for ratio in ratios)
+        shown = (f"{row[key]:.2f}" for key in ("prefill_ratio", "decode_ratio"))
         memory = (f"{row['peak_mib']:.0f}", f"{row['model_mib']:.0f}")
         table.add_row(variant, f"{prefill:.1f}", f"{decode:.2f}", *shown, *memory)
     Console(width=110).print(table)

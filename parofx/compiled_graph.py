@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import Graph, GraphModule, Node
 
@@ -24,6 +25,9 @@ from parofx.passes.graph import binding, delete_attribute, get_attribute, nodes_
 from parofx.passes.lower import place_siblings
 
 logger = logging.getLogger("parofx")
+
+#: Elements of a loop that are not worth more than one thread.
+SMALL_LOOP = 2**14
 
 
 class _Packed(NamedTuple):
@@ -82,7 +86,7 @@ class CompiledGraph:
             self._run = compile_fx(
                 lowered,
                 [example_inputs[index] for index in self._kept] + static_fakes(packed.tensors),
-                config_patches={**inductor},
+                config_patches={"cpp.min_chunk_size": _smallest_chunk(), **inductor},
             )
         place_siblings(lowered)
 
@@ -124,6 +128,14 @@ class CompiledGraph:
         for key, packed in self._packed.copy().items():
             if not all(state.alive() for state in packed.states):
                 self._packed.pop(key, None)
+
+
+def _smallest_chunk() -> int:
+    """Return how many elements of a loop Inductor must have for each thread before it wakes them.
+
+    One token's norms and activations are loops of a few thousand elements: less work than it takes to wake a thread.
+    """
+    return max(inductor_config.cpp.min_chunk_size, SMALL_LOOP // torch.get_num_threads())
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

@@ -702,7 +702,7 @@ def test_modes_of_inductor_are_accepted(mode, monkeypatch):
     model = paro_net()
     result = quietly(torch.compile(model, backend="paro", mode=mode), inputs())
     assert relative_error(result, quietly(model, inputs())) < FP32
-    assert patches == [torch._inductor.list_mode_options(mode)]
+    assert patches == [{"cpp.min_chunk_size": mock.ANY} | torch._inductor.list_mode_options(mode)]
 
 
 def test_options_reach_passes_and_inductor(spy, caplog):
@@ -718,7 +718,17 @@ def test_options_reach_passes_and_inductor(spy, caplog):
     assert spy.operators() == {"parofx.reference_int4_siblings.default": 2}
     groups = {node.args[-1] for node in spy.graphs[0].graph.nodes if "reference_int4" in str(node.target)}
     assert groups == {32}
-    assert spy.patches == [{"epilogue_fusion": False}]
+    assert spy.patches == [{"cpp.min_chunk_size": mock.ANY, "epilogue_fusion": False}]
+
+
+@pytest.mark.parametrize(("threads", "chunk"), [(1, 16384), (4, 4096), (64, 512)])
+def test_short_loops_keep_to_one_thread(threads, chunk, spy, monkeypatch):
+    """Not fewer elements for a thread than Inductor asks for itself, nor than the caller does."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for given in ({}, {"cpp.min_chunk_size": 7}):
+        torch._dynamo.reset()
+        quietly(torch.compile(paro_net(), backend="paro", options={"inductor": given}), inputs())
+    assert spy.patches == [{"cpp.min_chunk_size": chunk}, {"cpp.min_chunk_size": 7}]
 
 
 # --- parameters that change -----------------------------------------------------------------------------------------

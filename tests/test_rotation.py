@@ -54,6 +54,26 @@ def test_sign_and_order_by_hand():
     torch.testing.assert_close(rotation.rotate(v, pairs, theta, scales, 4), expected, rtol=0, atol=FP64_TOLERANCE)
 
 
+@pytest.mark.parametrize("function", [rotation.rotate, rotation.inverse_rotate])
+@pytest.mark.parametrize("shape", [(37, 64), (5, 7, 64), (3, 1, 64), (0, 64)])
+def test_many_rows_are_rotated_some_at_a_time(function, shape, monkeypatch):
+    """With the result of all at once, as which they are rotated where a gradient is recorded."""
+    random = torch.Generator().manual_seed(0)
+    v = torch.randn(shape, generator=random)
+    pairs = torch.rand(2, 2, 32, generator=random).argsort(-1).reshape(2, 64)
+    theta, scales = torch.randn(2, 32, generator=random), 0.5 + torch.rand(64, generator=random)
+    whole = function(v, pairs, theta, scales, 32)
+    monkeypatch.setattr(rotation, "BLOCK_ELEMENTS", 4 * 64 + 1)
+    rows, gathered = [], rotation._channels_first
+    monkeypatch.setattr(rotation, "_channels_first", lambda part: rows.append(len(part)) or gathered(part))
+    torch.testing.assert_close(function(v, pairs, theta, scales, 32), whole, rtol=0, atol=1e-6)
+    assert max(rows) <= 5
+    rows.clear()
+    function(v.requires_grad_(), pairs, theta, scales, 32).sum().backward()
+    assert v.grad is not None
+    assert rows == [len(v)]
+
+
 def test_any_legal_input_gives_the_references_answer():
     check_rotation(rotation.rotate, max_examples=150)
 
