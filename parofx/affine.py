@@ -72,9 +72,10 @@ def choose_qparams(w: Tensor, bits: int, group_size: int, *, shrink: float | Ten
 def quantize(w: Tensor, scales: Tensor, zeros: Tensor, bits: int | Tensor, group_size: int) -> Tensor:
     """Return the codes `q (N, K)`, uint8; `bits` are those of all rows, or of each, `(N,)`."""
     _check_qparams(w, scales, zeros, group_size)
-    codes = torch.round(grouped(w, group_size).float() / scales[..., None]) + zeros[..., None]
+    # In place, for the sake of output heads, which are large.
+    codes = (grouped(w, group_size).float() / scales[..., None]).round_().add_(zeros[..., None])
     top = quant_maxima(bits)
-    codes = codes.clamp(min=0).minimum(top[:, None, None]) if isinstance(top, Tensor) else codes.clamp(0, top)
+    codes = codes.clamp_(min=0).minimum(top[:, None, None]) if isinstance(top, Tensor) else codes.clamp_(0, top)
     return codes.to(torch.uint8).reshape(w.shape)
 
 
@@ -94,8 +95,8 @@ def fake_quantize(w: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_siz
     dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
     top = quant_max(bits)
     scale, zero = scales.to(dtype)[..., None], torch.round(zeros.to(dtype)).clamp(0, top)[..., None]
-    codes = (torch.round(grouped(w, group_size).to(dtype) / scale) + zero).clamp(0, top)
-    return ((codes - zero) * scale).reshape(w.shape).to(w.dtype)
+    codes = (grouped(w, group_size).to(dtype) / scale).round_().add_(zero).clamp_(0, top)
+    return codes.sub_(zero).mul_(scale).reshape(w.shape).to(w.dtype)
 
 
 def fake_quantize_backward(
