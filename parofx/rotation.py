@@ -235,7 +235,7 @@ def _by_rows(function: Callable[[Tensor], Tensor], v: Tensor, inputs: Iterable[T
     rows = v.reshape(-1, v.shape[-1])
     result = torch.empty_like(rows, memory_format=torch.contiguous_format)
     count = max(1, BLOCK_ELEMENTS // v.shape[-1])
-    for source, target in zip(rows.split(count), result.split(count), strict=True):
+    for source, target in zip(torch.split(rows, count), torch.split(result, count), strict=True):
         target.copy_(function(source))
     return result.view(v.shape)
 
