@@ -51,8 +51,8 @@ class CalibrationConfig:
 
     Args:
         recipe: `"fast"` fits the range objective on input statistics and rounds with error feedback; `"best"`
-            trains each block besides; `"paper"` is ParoQuant's own; `"data-free"` uses weights alone, whatever data
-            is given.
+            takes more steps and then trains the whole model; `"paper"` is ParoQuant's own; `"data-free"` uses weights
+            alone, whatever data is given.
         steps: optimizer steps per transform on the range objective.
         learning_rate: of AdamW on the angles and on the logarithm of the channel scales, on the range objective;
             cosine to a twentieth.
@@ -96,7 +96,7 @@ class CalibrationConfig:
     recipe: Recipe = "fast"
     steps: int = _BY_RECIPE
     learning_rate: float = 0.1
-    rows: int = 512
+    rows: int = _BY_RECIPE
     pairs: PairMethod = _BY_RECIPE
     row_weights: RowWeights = _BY_RECIPE
     clip_ratios: tuple[float, ...] = _BY_RECIPE

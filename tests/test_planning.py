@@ -93,9 +93,10 @@ def peak_bytes(work) -> int:
     [
         {},
         {"rounding": "nearest"},
-        {"recipe": "best", "transform_epochs": 1, "weight_epochs": 1, "tune_epochs": 1},
+        {"transform_epochs": 1, "weight_epochs": 1, "tune_epochs": 1},
+        {"distill_epochs": 1},
     ],
-    ids=["feedback", "nearest", "trained"],
+    ids=["feedback", "nearest", "trained", "distilled"],
 )
 def test_memory_and_disk_are_bounds(tmp_path, options):
     calibration = CalibrationConfig(
@@ -125,12 +126,14 @@ def test_any_module_and_any_inputs():
 
 def test_trained_blocks_count_their_steps():
     config = ParoConfig(
-        calibration=CalibrationConfig(recipe="best", steps=5, seqlen=16, batch_size=2, validation_samples=2)
+        calibration=CalibrationConfig(
+            recipe="best", steps=5, seqlen=16, batch_size=2, validation_samples=2, weight_epochs=4, tune_epochs=3
+        )
     )
     plan = parofx.plan_quantization(tiny.model(), config, calibration=tokens(8))
-    epochs = 2 + 2 + 3
-    assert plan.steps == 5 * 8 + 2 * epochs * 3
+    assert plan.steps == 5 * 8 + 2 * (4 + 3) * 3 + 3 * 3
     assert plan.memory["training"] > 0
+    assert plan.memory["distillation"] > 0
 
 
 def test_self_needs_no_text(tmp_path):

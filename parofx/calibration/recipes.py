@@ -3,7 +3,7 @@
 | recipe | transform | weights | rounding |
 |-|-|-|-|
 | `"fast"` | range objective | as they are | error feedback |
-| `"best"` | range objective, then block by block | block by block | error feedback, where it helps; then tuned |
+| `"best"` | range objective, five times the steps | as they are | error feedback; then the whole model is distilled |
 | `"paper"` | block by block | block by block | to nearest, trained grids |
 | `"data-free"` | range objective, weights alone | as they are | to nearest |
 
@@ -20,6 +20,7 @@ _CLIP_RATIOS = tuple(1 - step / 40 for step in range(13))
 
 _FAST: dict[str, object] = {
     "steps": 60,
+    "rows": 512,
     "pairs": "matching",
     "row_weights": "relative",
     "clip_ratios": _CLIP_RATIOS,
@@ -35,7 +36,7 @@ _FAST: dict[str, object] = {
     "transform_learning_rate": 0.05,
     "block_loss": "relative",
 }
-_BEST = _FAST | {"transform_epochs": 2, "weight_epochs": 2, "tune_epochs": 3, "transform_learning_rate": 0.01}
+_BEST = _FAST | {"steps": 300, "rows": 1024, "distill_epochs": 3, "transform_learning_rate": 0.01}
 _PAPER = _FAST | {
     "steps": 0,
     "pairs": "greedy",

@@ -32,7 +32,8 @@ def skewed(*shape: int, seed: int = 0) -> Tensor:
 
 
 def settings(**options: object) -> CalibrationConfig:
-    chosen = {"recipe": "best", "steps": 10, "transform_epochs": 2, "weight_epochs": 2, "autocast": False}
+    chosen = {"steps": 10, "transform_epochs": 2, "weight_epochs": 2, "tune_epochs": 3, "autocast": False}
+    chosen |= {"transform_learning_rate": 0.01}
     return CalibrationConfig(**(chosen | options))
 
 

@@ -144,21 +144,34 @@ def test_what_is_no_better_is_not_kept(llama):
 
 
 def test_how_many_run_at_a_time_changes_nothing(llama, monkeypatch):
-    together = llama.distill(distill_batch_size=4, distill_epochs=1)
-    monkeypatch.setattr(distillation, "_LOGITS", 1)
-    assert [len(one["input_ids"]) for one in few_at_a_time(llama.gm, llama.data, llama.config)] == [1] * 12
-    apart = llama.distill(distill_batch_size=4, distill_epochs=1)
-    assert apart[1].after == pytest.approx(together[1].after, rel=1e-3)
+    found = []
+    for limit in (1 << 28, 1):
+        monkeypatch.setattr(distillation, "_LOGITS", limit)
+        sizes = [len(one["input_ids"]) for one in few_at_a_time(llama.gm, llama.data, llama.config)]
+        assert sizes == ([2] * 6 if limit > 1 else [1] * 12)
+        distiller = llama.distiller(distill_batch_size=4)
+        trained, _ = with_fixed_codes(llama.transforms, llama.fits)
+        tensors = continuous(trained.values())
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        with torch.enable_grad():
+            for index in range(distiller._step):
+                distiller._accumulate(trained, index, 1 / distiller._step)
+        with torch.no_grad():
+            found.append((distiller._held_out_loss(trained), torch.cat([one.grad.flatten() for one in tensors])))
+    (loss, gradients), (apart, added) = found
+    assert loss == pytest.approx(apart, rel=1e-5)
+    torch.testing.assert_close(gradients, added, rtol=1e-3, atol=1e-6)
 
 
 def test_rows_of_padding_do_not_count():
-    padded = batches(4, 2, attention_mask=torch.tensor([[1] * 12, [1] * 7 + [0] * 5]))
+    padded = batches(2, 2, attention_mask=torch.tensor([[1] * 12, [1] * 7 + [0] * 5]))
+    model = Model(sure_model(), padded, settings(validation_samples=2))
+    trained, _ = with_fixed_codes(model.transforms, model.fits)
     losses = []
     for filler in (1, 9):
         for batch in padded:
             batch["input_ids"][1, 7:] = filler
-        model = Model(sure_model(), padded, settings())
-        trained, _ = with_fixed_codes(model.transforms, model.fits)
         with torch.no_grad():
             losses.append(model.distiller()._held_out_loss(trained))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -199,10 +212,10 @@ def test_quantize_reports_it_and_resumes_before_it(tmp_path):
     assert (block.name, [stage.name for stage in block.stages]) == ("the whole model", ["distillation"])
     assert block.stages[0].improved
     # Errors are measured anew behind what was trained.
+    same = dataclasses.replace(config.calibration, distill_epochs=0, work_dir=None)
     plain = parofx.quantize(
-        sure_model(), dataclasses.replace(config, calibration=settings(distill_epochs=0, batch_size=4, seqlen=12, rounding="nearest")),
-        calibration=tokens(12), progress=False,
-    )  # fmt: skip
+        sure_model(), dataclasses.replace(config, calibration=same), calibration=tokens(12), progress=False
+    )
     before, after = (([linear.relative_error for linear in one.linears]) for one in (plain, reports[0]))
     assert before != after
     assert all(0.3 < new / old < 3 for new, old in zip(after, before, strict=True))
