@@ -53,6 +53,7 @@ GPTQ = CalibrationConfig(
     steps=0, row_weights="equal", clip_ratios=(1.0,), rounding="feedback", damping=(0.01,), sweeps=0
 )
 FAST = CalibrationConfig()
+BLOCKS = replace(FAST, transform_epochs=2, weight_epochs=2, tune_epochs=3, transform_learning_rate=0.01)
 _GPTQ = "GPTQ (our error feedback, no transform)"
 #: Row → configuration, and whether calibration data is given.
 ROWS: dict[str, tuple[ParoConfig, bool]] = {
@@ -71,6 +72,9 @@ ROWS: dict[str, tuple[ParoConfig, bool]] = {
     "ablation: greedy pairs": (ParoConfig(calibration=replace(FAST, pairs="greedy")), True),
     "ablation: own transform per linear": (ParoConfig(share_siblings=False, calibration=FAST), True),
     "ablation: rows count alike": (ParoConfig(calibration=replace(FAST, row_weights="equal")), True),
+    "ablation: steps of best": (ParoConfig(calibration=replace(FAST, steps=300, rows=1024)), True),
+    "ablation: distilled": (ParoConfig(calibration=replace(FAST, distill_epochs=3)), True),
+    "ablation: blocks trained": (ParoConfig(calibration=BLOCKS), True),
     "ablation: group size 64": (ParoConfig(group_size=64, calibration=FAST), True),
     "ablation: formats chosen, bits of 4": (ParoConfig(calibration=FAST), True),
     "ablation: 3 bits": (ParoConfig(bits=3, calibration=FAST), True),
@@ -88,7 +92,19 @@ _MEANS = (
     "quantize_cpu_seconds",
 )  # fmt: skip
 #: Options in which all runs of a table must agree.
-_COMMON = ("model", "digest", "calibration", "evaluation", "samples", "seqlen", "windows", "dtype", "kl", "kl_windows")
+_COMMON = (
+    "model",
+    "digest",
+    "device",
+    "calibration",
+    "evaluation",
+    "samples",
+    "seqlen",
+    "windows",
+    "dtype",
+    "kl",
+    "kl_windows",
+)
 
 
 def main() -> None:
@@ -96,6 +112,7 @@ def main() -> None:
     options = _options()
     dtype = getattr(torch, options.dtype)
     model, tokenizer = load_model(options.model, dtype=dtype)
+    model.to(options.device)
     calibration, windows = _data(options, tokenizer)
     if options.write_tokens:
         save_file({"input_ids": calibration}, options.write_tokens)
@@ -120,7 +137,7 @@ def main() -> None:
                 config.calibration, seed=seed, samples=len(calibration), seqlen=max(2, calibration.shape[1])
             )
             seeded = replace(config, calibration=given)
-            quantized, _ = load_model(options.model, dtype=dtype)
+            quantized = load_model(options.model, dtype=dtype).model.to(options.device)
             start = time.perf_counter(), time.process_time()
             report = parofx.quantize(quantized, seeded, calibration=calibration if with_data else None)
             seconds = time.perf_counter() - start[0], time.process_time() - start[1]
@@ -135,7 +152,7 @@ def main() -> None:
             raise SystemExit(
                 f"{folder} was calibrated on other tokens: write them with --write-tokens, and run it again"
             )
-        quantized, _ = load_model(folder, dtype=dtype)
+        quantized = load_model(folder, dtype=dtype).model.to(options.device)
         if any(isinstance(module, parofx.ParoLinear) for module in quantized.modules()):
             quantized = parofx.dequantize(quantized, dtype=dtype)
         result = _evaluate(quantized, model, windows, options)
@@ -160,6 +177,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--peer", action="append", default=[], help="folder that a script of benchmarks/peers wrote")
     parser.add_argument("--write-tokens", help="also write the calibration tokens to this safetensors file")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; seconds of a table are of one device")
     parser.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True, help="also compare distributions")
     parser.add_argument("--kl-windows", type=int, help="windows that are compared; all of them without it")
     parser.add_argument("--resume", action="store_true", help="keep the runs that are in the results")

@@ -131,7 +131,6 @@ class DataRun:
     def _distill(self, fits: Mapping[str, FittedTransform]) -> None:
         """Train all linears together."""
         transforms = list(self._transforms.values())
-        self._progress.enter("the whole model")
         distiller = Distiller(self._gm, transforms, fits, self._weights, self._batches, self._config.calibration)
         trained, stage = distiller.run(self._progress)
         for transform in transforms:

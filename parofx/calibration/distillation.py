@@ -103,9 +103,12 @@ class Distiller:
             tensor.requires_grad_(True)
         steps = [self._training[first : first + self._step] for first in range(0, len(self._training), self._step)]
 
+        progress.distilling(config.distill_epochs * len(steps))
+
         def backward(step: int) -> None:
             for index in steps[step]:
                 self._accumulate(trained, index, 1.0 / len(steps[step]))
+            progress.stepped()
 
         def finished(epoch: int, before: float, now: float) -> None:
             progress.trained(StageReport(_STAGE, before, now, f"epoch {epoch}"))

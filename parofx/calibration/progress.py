@@ -55,6 +55,15 @@ class BlockProgress:
         ratio = stage.after / stage.before if stage.before else 1.0
         self._bar.update(self._task, status=f"{self._block or 'graph'}: {stage.name} ×{ratio:.3f}")
 
+    def distilling(self, steps: int) -> None:
+        """Count the steps of distillation from here on."""
+        self._block = "the whole model"
+        self._bar.reset(self._task, total=steps, status=f"{self._block}: distillation")
+
+    def stepped(self) -> None:
+        """Count one of them."""
+        self._bar.update(self._task, advance=1)
+
     def fitted(self, report: TransformReport) -> None:
         """Count a fitted transform."""
         self._ratios.append(report.loss_after / report.loss_before if report.loss_before else 1.0)
