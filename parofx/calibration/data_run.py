@@ -125,7 +125,7 @@ class DataRun:
             # Statistics pooled over several segments are not on disk: a run resumes only where none are open.
             if store and index >= finished and not self._statistics:
                 store.save_borders(index, [*stream.borders, *students])
-        if self._config.calibration.distill_epochs:
+        if self._config.calibration.distill_epochs and found:
             self._distill(found)
 
     def _distill(self, fits: Mapping[str, FittedTransform]) -> None:

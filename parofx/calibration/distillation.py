@@ -102,7 +102,6 @@ class Distiller:
         for tensor in tensors:
             tensor.requires_grad_(True)
         steps = [self._training[first : first + self._step] for first in range(0, len(self._training), self._step)]
-
         progress.distilling(config.distill_epochs * len(steps))
 
         def backward(step: int) -> None:
@@ -121,7 +120,7 @@ class Distiller:
         stored = as_stored(self._fits, trained, codes)
         trained, _ = with_fixed_codes(self._transforms, stored)
         after = self._held_out_loss(trained)
-        if after >= found.before:
+        if not after < found.before:
             return dict(self._fits), StageReport(_STAGE, found.before, found.before, "as it was")
         errors = self._relative_errors(trained)
         stored = {name: dataclasses.replace(one, errors=errors[name]) for name, one in stored.items()}
@@ -135,7 +134,11 @@ class Distiller:
     def _accumulate(self, trained: _Trained, index: int, share: float) -> None:
         """Add the gradients of a batch's loss, times its share."""
         _, outputs, gradients = self._compare(trained, index)
-        torch.autograd.backward(outputs, [gradient.mul_(share) for gradient in gradients])
+        # An output may depend on no weight, as an embedding that a model returns.
+        depending = [place for place, one in enumerate(outputs) if one.requires_grad]
+        if depending:
+            scaled = [gradients[place].mul_(share) for place in depending]
+            torch.autograd.backward([outputs[place] for place in depending], scaled)
 
     def _compare(self, trained: _Trained, index: int) -> tuple[float, list[Tensor], list[Tensor]]:
         """Return the loss on a batch, the outputs that it is of, and its gradients there."""

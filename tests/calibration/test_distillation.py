@@ -184,6 +184,23 @@ def test_outputs_that_are_no_distributions_count_by_their_relative_error():
     assert 0 < stage.after < stage.before < 1
 
 
+def test_outputs_that_no_weight_changes_do_no_harm():
+    class Echo(graphs.Stack):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), x * 2
+
+    model = Model(Echo(1).eval(), [{"arg0": graphs.rows(4, 6, 64, seed=seed)} for seed in range(4)], settings())
+    assert model.distill()[1].improved
+
+
+def test_a_model_without_linears_is_left_alone():
+    config = ParoConfig(calibration=settings())
+    report = parofx.quantize(
+        torch.nn.Sequential(torch.nn.ReLU()), config, calibration=[torch.ones(2, 3)], progress=False
+    )
+    assert (report.linears, report.blocks) == ((), ())
+
+
 def test_a_divergence_is_summed_in_parts(monkeypatch):
     output, target = (3 * torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     mask = torch.tensor([[1] * 5, [1] * 2 + [0] * 3])
