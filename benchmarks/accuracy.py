@@ -93,18 +93,9 @@ _MEANS = (
 )  # fmt: skip
 #: Options in which all runs of a table must agree.
 _COMMON = (
-    "model",
-    "digest",
-    "device",
-    "calibration",
-    "evaluation",
-    "samples",
-    "seqlen",
-    "windows",
-    "dtype",
-    "kl",
+    "model", "digest", "device", "calibration", "evaluation", "samples", "seqlen", "windows", "dtype", "kl",
     "kl_windows",
-)
+)  # fmt: skip
 
 
 def main() -> None:

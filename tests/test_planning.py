@@ -95,15 +95,18 @@ def peak_bytes(work) -> int:
         {"rounding": "nearest"},
         {"transform_epochs": 1, "weight_epochs": 1, "tune_epochs": 1},
         {"distill_epochs": 1},
+        {"lm_head": 4},
     ],
-    ids=["feedback", "nearest", "trained", "distilled"],
+    ids=["feedback", "nearest", "trained", "distilled", "head"],
 )
 def test_memory_and_disk_are_bounds(tmp_path, options):
+    head = {name: options[name] for name in options if name == "lm_head"}
+    options = {name: options[name] for name in options if name not in head}
     calibration = CalibrationConfig(
         **({"steps": 2, "seqlen": 64, "samples": 8, "batch_size": 4, "work_dir": str(tmp_path / "work")} | options)
     )
-    config = ParoConfig(calibration=calibration)
-    model = tiny.model(hidden_size=256, intermediate_size=512)
+    config = ParoConfig(calibration=calibration, **head)
+    model = tiny.model(hidden_size=256, intermediate_size=512, **({"vocab_size": 4096} if head else {}))
     data = tokens(8, 64)
     plan = parofx.plan_quantization(model, config, calibration=data)
     peak = peak_bytes(lambda: parofx.quantize(model, config, calibration=data, progress=False))

@@ -117,6 +117,6 @@ def test_a_quantized_model_has_corrections(tmp_path, with_data):
     assert errors[0] < 0.9 * errors[1]
 
 
-def test_recipes_that_train_blocks_are_refused():
+def test_recipes_that_train_are_refused():
     with pytest.raises(ConfigError, match="compensation_rank must be 0 in a recipe that trains, got 4"):
         CalibrationConfig(recipe="best", compensation_rank=4)
