@@ -52,7 +52,7 @@ _AVX512_FLAGS = (
 _PORTABLE_SOURCES = (Source("op"), Source("linear"), Source("dispatch"), Source("scalar"))
 _X86_SOURCES = (
     Source("avx512_bf16", (*_AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16")),
-    Source("amx", (*_AVX512_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8")),
+    Source("amx", (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")),
     Source("avx512", _AVX512_FLAGS),
     Source("avx2", _AVX2_FLAGS),
 )

@@ -73,6 +73,16 @@ def test_matches_fp64_at_larger_shapes(dtype: torch.dtype, mode: int, rows: int,
     problem.check(x, problem.run(x, mode), mode)
 
 
+@pytest.mark.parametrize(("group_size", "bits"), [(32, 4), (64, 3), (128, 4)])
+@pytest.mark.parametrize("rows", [64, 300])
+def test_many_rows_of_a_deep_and_wide_linear_match_fp64(group_size: int, bits: int, rows: int) -> None:
+    # More input channels, columns and rows than the kernels take at a time, and none of them in equal parts.
+    torch.set_num_threads(1)
+    problem = make_problem(2304 + group_size, (1100, 40), group_size, 2, bias=torch.bfloat16, bits=bits, ranks=(3, 0))
+    x = torch.randn(rows, problem.in_features).bfloat16()
+    problem.check(x, problem.run(x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "view",

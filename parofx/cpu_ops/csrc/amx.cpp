@@ -3,38 +3,15 @@
 // One group of a block is decoded once into the L1 cache as code − zero, exactly, in the order that AMX wants, which is
 // that of the steps in multiply_simd.h; the products of all rows follow. The digits of an int24 activation are rows of
 // a tile like any other.
+//
+// Many rows of bf16 take another way, amx_scaled.h's.
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "planes_simd.h"
-#include "simd512.h"
+#include "amx_scaled.h"
 
 namespace parofx {
 namespace {
-
-constexpr int kTileRows = 16;
-constexpr int kTileWords = 16; // 32-bit words in a tile's row
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0..3 collect products, 4 and 5 hold activations, 6 and 7 codes. All 16 rows are always computed; those past
-// the last row of x are dropped. `words` is the depth of one product, 16 or, for 32 int8 channels, 8.
-TileConfig tile_config(int words) {
-  TileConfig config;
-  for (int i = 0; i < 8; ++i) {
-    const bool activation = i == 4 || i == 5;
-    const bool codes = i == 6 || i == 7;
-    config.rows[i] = static_cast<uint8_t>(codes ? words : kTileRows);
-    config.row_bytes[i] = static_cast<uint16_t>(sizeof(uint32_t) * (activation ? words : kTileWords));
-  }
-  return config;
-}
 
 // How codes meet activations. kCentred: the zero point is subtracted when codes are decoded, not from the product.
 struct Bf16Tiles {
@@ -197,9 +174,7 @@ void multiply_with_tiles(const MultiplyJob& job) {
   const int64_t line_words = activation.group_size / kChunk * Tiles::kSteps;
   const int64_t rows_at_once = 2 * kTileRows / planes;
   alignas(64) uint32_t product[2 * kTileRows * kBlockColumns];
-  const TileConfig config = tile_config(static_cast<int>(line_words < kTileWords ? line_words : kTileWords));
-  __asm__ volatile("" ::"r"(&config) : "memory"); // gcc thinks that _tile_loadconfig reads eight bytes only
-  _tile_loadconfig(&config);
+  configure_tiles(line_words);
   std::memset(job.tile, 0, sizeof(float) * job.row_count * kBlockColumns);
   for (int64_t group = 0; group < activation.groups; ++group) {
     const void* codes = decode_ahead<Tiles>(job, group);
@@ -222,10 +197,20 @@ void multiply_with_tiles(const MultiplyJob& job) {
 constexpr int64_t kRowsForInt8 = 4;
 constexpr int64_t kRowsForInt24 = 2;
 constexpr int64_t kRowsForBf16 = 12;
+// From so many rows on, bf16 weights are scaled and rounded when they are decoded.
+constexpr int64_t kRowsForScaled = 64;
+
+bool is_scaled(const Activation& activation) {
+  return activation.format == Format::bf16 && activation.rows >= kRowsForScaled;
+}
 
 Format choose_format(DType dtype, bool dynamic_int8, int64_t rows, int bits) {
   if (dynamic_int8) return Format::int8;
   return dtype == DType::bf16 && rows >= kRowsForBf16 && bits != 8 ? Format::bf16 : Format::int24;
+}
+
+Blocking blocking(const Activation& activation) {
+  return is_scaled(activation) ? scaled_blocking(activation) : all_groups(activation);
 }
 
 void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end) {
@@ -234,6 +219,7 @@ void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t ro
 
 void multiply(const MultiplyJob& job) {
   const Format format = job.activation->format;
+  if (is_scaled(*job.activation)) return multiply_scaled(job);
   if (format == Format::bf16) return multiply_with_tiles<Bf16Tiles>(job);
   if (job.row_count < (format == Format::int8 ? kRowsForInt8 : kRowsForInt24)) return kAvx512Bf16Kernels.multiply(job);
   if (job.bits == 8) return multiply_with_tiles<ByteTiles>(job);
@@ -250,6 +236,6 @@ bool enable_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-const Kernels kAmxKernels = {"amx", Simd512::kLanes, choose_format, prepare, multiply, store};
+const Kernels kAmxKernels = {"amx", kAvx512Bf16Kernels.row_tile, choose_format, blocking, prepare, multiply, store};
 
 } // namespace parofx

@@ -98,6 +98,7 @@ void multiply(const MultiplyJob& job) {
 
 } // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Simd256::kLanes, choose_format, prepare<Avx2>, multiply, store<Simd256>};
+const Kernels kAvx2Kernels = {
+    "avx2", Simd256::kLanes, choose_format, all_groups, prepare<Avx2>, multiply, store<Simd256>};
 
 } // namespace parofx

@@ -43,6 +43,7 @@ void multiply(const MultiplyJob& job) {
 
 } // namespace
 
-const Kernels kAvx512Kernels = {"avx512", Simd512::kLanes, choose_format, prepare<Avx512>, multiply, store<Simd512>};
+const Kernels kAvx512Kernels = {
+    "avx512", Simd512::kLanes, choose_format, all_groups, prepare<Avx512>, multiply, store<Simd512>};
 
 } // namespace parofx

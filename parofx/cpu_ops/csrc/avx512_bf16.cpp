@@ -1,5 +1,6 @@
 // AVX512 with VNNI (int8 products) and BF16 (bf16 products).
 #include "avx512_shared.h"
+#include "prepare_bf16.h"
 
 namespace parofx {
 namespace {
@@ -87,6 +88,15 @@ Format choose_format(DType dtype, bool dynamic_int8, int64_t rows, int bits) {
   return dtype == DType::bf16 && rows > 1 && bits != 8 ? Format::bf16 : Format::int24;
 }
 
+void prepare_rows(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end) {
+  if (is_bf16_throughout(job) && row_end - row_begin > Avx512Bf16::kRowsOneByOne) {
+    return prepare_bf16(job, group, row_begin, row_end);
+  }
+  for (int64_t row = row_begin; row < row_end; row += kVectorRows) {
+    prepare<Avx512Bf16>(job, group, row, row + kVectorRows < row_end ? row + kVectorRows : row_end);
+  }
+}
+
 void multiply(const MultiplyJob& job) {
   const bool int8 = job.activation->format == Format::int8;
   if (job.activation->format == Format::bf16) return multiply_with<Simd512, DotBf16, 4>(job);
@@ -97,6 +107,6 @@ void multiply(const MultiplyJob& job) {
 } // namespace
 
 const Kernels kAvx512Bf16Kernels = {
-    "avx512_bf16", Simd512::kLanes, choose_format, prepare<Avx512Bf16>, multiply, store<Simd512>};
+    "avx512_bf16", kRowsAtOnce, choose_format, all_groups, prepare_rows, multiply, store<Simd512>};
 
 } // namespace parofx

@@ -26,7 +26,7 @@ constexpr float kPlaneBase = 256.0f;
 constexpr int words_per_plane(Format format) { return format == Format::f32 ? 8 : format == Format::bf16 ? 4 : 2; }
 constexpr int words_per_chunk(Format format) { return planes_of(format) * words_per_plane(format); }
 
-// Kernels may read, and ignore, as many rows past the last.
+// Kernels may read, and ignore, as many rows past the last; `MultiplyJob::tile` has room for as many more.
 constexpr int kPaddingRows = 32;
 
 // Rotated activations of one distinct rotation: words [G][rows][g/8 · words_per_chunk], scale and sum [G][rows].
@@ -71,14 +71,28 @@ struct Block {
   const uint8_t* zeros;
 };
 
+constexpr int64_t kUnpackedWords = int64_t{kBlockColumns} * kMaxGroupSize;
+
+// How much of the activations one block after the other meets before the next part's turn, so that it stays in the
+// cache meanwhile: at most so many rows, and groups.
+struct Blocking {
+  int64_t rows;
+  int64_t groups;
+};
+
+// 256 rows of fp32 outputs (32 KiB) stay in the L1 cache beside an unpacked group.
+inline Blocking all_groups(const Activation& activation) { return {256, activation.groups}; }
+
 struct MultiplyJob {
   const Activation* activation;
   Block block;
   int bits; // 3, 4 or 8
   int64_t row_begin;
   int64_t row_count;
-  float* tile;        // out: (row_count, 32), row_begin's row first
-  uint32_t* unpacked; // workspace of 32 · g words
+  int64_t group_begin;
+  int64_t group_end;
+  float* tile;        // out: (row_count, 32), row_begin's row first; added to unless group_begin is 0
+  uint32_t* unpacked; // workspace of kUnpackedWords
   uint8_t* nibbles;   // with 3 bits: workspace of 16 · g bytes
 };
 
@@ -101,6 +115,7 @@ struct Kernels {
   int row_tile; // rows that one call of `prepare` handles best
   // The format for activations of `dtype` that meet weights of `bits`; dynamic_int8 asks for int8.
   Format (*format)(DType dtype, bool dynamic_int8, int64_t rows, int bits);
+  Blocking (*blocking)(const Activation& activation);
   void (*prepare)(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end);
   void (*multiply)(const MultiplyJob& job);
   void (*store)(const StoreJob& job);

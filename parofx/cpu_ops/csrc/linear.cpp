@@ -16,8 +16,8 @@ namespace parofx {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-// Rows that share one unpacked block: their fp32 outputs (32 KiB) stay in the L1 cache beside it.
-constexpr int64_t kRowPanel = 256;
+// Blocks that take turns where one part of the activations follows another: their fp32 outputs stay in the L2 cache.
+constexpr int64_t kStripBlocks = 32;
 // Fewer rows than this are not worth decoding a block for.
 constexpr int64_t kSmallestPanel = 24;
 // Multiply-adds that are worth one more thread (about 2 µs of work).
@@ -47,9 +47,19 @@ struct FreeDeleter {
   void operator()(uint8_t* data) const { std::free(data); }
 };
 
+// The columns of one block and the rows of one panel, and where they lie.
+struct Place {
+  const Linear* linear;
+  int64_t column;
+  int columns;
+  int64_t panel;
+  int64_t row;
+  int64_t rows;
+};
+
 // What one thread needs to itself.
 struct Workspace {
-  float* tile;
+  float* tiles; // one for each block of a strip
   uint32_t* unpacked;
   uint8_t* nibbles;
   float* bias;
@@ -74,7 +84,13 @@ class Run {
       highest_rank_ = std::max(highest_rank_, linear.rank);
     }
     threads_ = choose_threads(threads);
-    row_panels_ = std::max<int64_t>(1, choose_row_panels());
+    const Format format = kernels_.format(call.dtype, call.dynamic_int8, call.rows, call.bits);
+    activation_ = {format, call.group_size, call.rows, groups_, nullptr, nullptr, nullptr};
+    const Blocking blocking = kernels_.blocking(activation_);
+    groups_at_once_ = blocking.groups;
+    strip_blocks_ = blocking.groups < groups_ ? kStripBlocks : 1;
+    row_panels_ = std::max<int64_t>(1, choose_row_panels(blocking.rows));
+    tile_floats_ = (ceil_div(call.rows, row_panels_) + kPaddingRows) * kBlockColumns;
     Carver measure(nullptr);
     carve(measure);
     memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, std::max(measure.used(), kAlignment))));
@@ -101,16 +117,15 @@ class Run {
   }
 
   // Equal panels; more of them where there are too few blocks to occupy every thread.
-  int64_t choose_row_panels() const {
+  int64_t choose_row_panels(int64_t most_rows) const {
     const int64_t wanted = ceil_div(4 * threads_, blocks_);
-    return std::max(ceil_div(call_.rows, kRowPanel), std::min(wanted, call_.rows / kSmallestPanel));
+    return std::max(ceil_div(call_.rows, most_rows), std::min(wanted, call_.rows / kSmallestPanel));
   }
 
   void carve(Carver& carver) {
-    const Format format = kernels_.format(call_.dtype, call_.dynamic_int8, call_.rows, call_.bits);
     activations_.clear();
     for (size_t i = 0; i < call_.rotations.size(); ++i) {
-      Activation activation{format, call_.group_size, call_.rows, groups_, nullptr, nullptr, nullptr};
+      Activation activation = activation_;
       const int64_t count = groups_ * call_.rows;
       activation.words = carver.take<uint32_t>((count + kPaddingRows) * activation.row_words());
       activation.scale = carver.take<float>(count);
@@ -128,8 +143,8 @@ class Run {
     const int64_t tail = widest_tail_ ? kBlockColumns * groups_ : 0;
     for (int i = 0; i < threads_; ++i) {
       Workspace space{};
-      space.tile = carver.take<float>(ceil_div(call_.rows, row_panels_) * kBlockColumns);
-      space.unpacked = carver.take<uint32_t>(int64_t{kBlockColumns} * call_.group_size);
+      space.tiles = carver.take<float>(strip_blocks_ * tile_floats_);
+      space.unpacked = carver.take<uint32_t>(kUnpackedWords);
       space.nibbles = carver.take<uint8_t>(call_.bits == 3 ? kBlockColumns / 2 * int64_t{call_.group_size} : 0);
       space.bias = carver.take<float>(kBlockColumns);
       space.sums = carver.take<float>(ceil_div(call_.rows, row_panels_) * highest_rank_);
@@ -160,51 +175,72 @@ class Run {
 
   void multiply_share(int thread, int count, Workspace& space) const {
     const int64_t units = row_panels_ * blocks_;
-    for (int64_t unit = units * thread / count; unit < units * (thread + 1) / count; ++unit) {
-      const int64_t block = unit % blocks_;
-      const auto after = std::upper_bound(first_block_.begin(), first_block_.end(), block);
-      const auto which = after - first_block_.begin() - 1;
-      multiply_block(call_.linears[which], block - first_block_[which], unit / blocks_, space);
+    const int64_t end = units * (thread + 1) / count;
+    for (int64_t begin = units * thread / count, next; begin < end; begin = next) {
+      next = std::min({end, begin + strip_blocks_, (begin / blocks_ + 1) * blocks_});
+      for (int64_t group = 0; group < groups_; group += groups_at_once_) {
+        for (int64_t unit = begin; unit < next; ++unit) {
+          multiply_part(place(unit), group, space.tiles + (unit - begin) * tile_floats_, space);
+        }
+      }
+      for (int64_t unit = begin; unit < next; ++unit) {
+        store(place(unit), space.tiles + (unit - begin) * tile_floats_, space);
+      }
     }
   }
 
-  void multiply_block(const Linear& linear, int64_t block, int64_t panel, Workspace& space) const {
-    const int64_t row = call_.rows * panel / row_panels_;
-    const int64_t rows = call_.rows * (panel + 1) / row_panels_ - row;
-    const int64_t column = block * kBlockColumns;
+  Place place(int64_t unit) const {
+    const int64_t block = unit % blocks_;
+    const auto after = std::upper_bound(first_block_.begin(), first_block_.end(), block);
+    const auto which = after - first_block_.begin() - 1;
+    const Linear& linear = call_.linears[which];
+    const int64_t column = (block - first_block_[which]) * kBlockColumns;
     const int columns = static_cast<int>(std::min<int64_t>(kBlockColumns, linear.out_features - column));
-    Block packed{
-        linear.weight + column * call_.in_features * call_.bits / 8,
-        linear.scales + column * groups_,
-        linear.zeros + column * groups_,
-    };
-    if (columns < kBlockColumns) packed = widen(packed, columns, space);
-    kernels_.multiply(
-        {&activations_[linear.rotation], packed, call_.bits, row, rows, space.tile, space.unpacked, space.nibbles});
+    const int64_t panel = unit / blocks_;
+    const int64_t row = call_.rows * panel / row_panels_;
+    return {&linear, column, columns, panel, row, call_.rows * (panel + 1) / row_panels_ - row};
+  }
 
+  void multiply_part(const Place& place, int64_t group, float* tile, const Workspace& space) const {
+    const Linear& linear = *place.linear;
+    Block packed{
+        linear.weight + place.column * call_.in_features * call_.bits / 8,
+        linear.scales + place.column * groups_,
+        linear.zeros + place.column * groups_,
+    };
+    if (place.columns < kBlockColumns) packed = widen(packed, place.columns, space);
+    const int64_t group_end = std::min(group + groups_at_once_, groups_);
+    kernels_.multiply(
+        {&activations_[linear.rotation], packed, call_.bits, place.row, place.rows, group, group_end, tile,
+         space.unpacked, space.nibbles});
+  }
+
+  void store(const Place& place, float* tile, Workspace& space) const {
+    const Linear& linear = *place.linear;
     for (int n = 0; n < kBlockColumns; ++n) {
-      space.bias[n] = linear.bias && n < columns ? load_float(linear.bias_dtype, linear.bias, column + n) : 0.0f;
+      const bool has_bias = linear.bias && n < place.columns;
+      space.bias[n] = has_bias ? load_float(linear.bias_dtype, linear.bias, place.column + n) : 0.0f;
     }
-    correct(linear, column, columns, panel, row, rows, space);
+    correct(place, space);
     const int64_t element = call_.dtype == DType::f32 ? 4 : 2;
-    auto* y = static_cast<uint8_t*>(linear.y) + (row * linear.out_features + column) * element;
+    auto* y = static_cast<uint8_t*>(linear.y) + (place.row * linear.out_features + place.column) * element;
     kernels_.store(
-        {space.tile, rows, columns, space.bias, linear.rank, space.sums, space.up, call_.dtype, y, linear.out_features});
+        {tile, place.rows, place.columns, space.bias, linear.rank, space.sums, space.up, call_.dtype, y,
+         linear.out_features});
   }
 
   // Prepares the correction of one block: its columns of `up`, and the sums over groups of the panel's projections.
-  void correct(
-      const Linear& linear, int64_t column, int columns, int64_t panel, int64_t row, int64_t rows,
-      Workspace& space) const {
+  void correct(const Place& place, Workspace& space) const {
+    const Linear& linear = *place.linear;
     if (linear.rank == 0) return;
-    widen_rows<uint16_t>(linear.up + column, space.up, linear.rank, columns, linear.out_features);
-    if (space.summed_linear == &linear && space.summed_panel == panel) return;
+    widen_rows<uint16_t>(linear.up + place.column, space.up, linear.rank, place.columns, linear.out_features);
+    if (space.summed_linear == &linear && space.summed_panel == place.panel) return;
     space.summed_linear = &linear;
-    space.summed_panel = panel;
-    const int64_t count = rows * linear.rank;
+    space.summed_panel = place.panel;
+    const int64_t count = place.rows * linear.rank;
     std::memset(space.sums, 0, sizeof(float) * count);
     for (int64_t group = 0; group < groups_; ++group) {
-      const float* parts = projected_[&linear - call_.linears.data()] + (group * call_.rows + row) * linear.rank;
+      const float* parts = projected_[&linear - call_.linears.data()] + (group * call_.rows + place.row) * linear.rank;
       for (int64_t i = 0; i < count; ++i) space.sums[i] += parts[i];
     }
   }
@@ -235,7 +271,11 @@ class Run {
   bool widest_tail_ = false;
   int highest_rank_ = 0;
   int threads_ = 1;
+  Activation activation_; // of every rotation, without its memory
+  int64_t groups_at_once_ = 0;
+  int64_t strip_blocks_ = 1;
   int64_t row_panels_ = 1;
+  int64_t tile_floats_ = 0;
   std::unique_ptr<uint8_t, FreeDeleter> memory_;
   std::vector<Activation> activations_;
   std::vector<std::vector<Projection>> projections_; // of each rotation's linears

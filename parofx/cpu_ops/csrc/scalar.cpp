@@ -166,6 +166,6 @@ void store(const StoreJob& job) {
 
 } // namespace
 
-const Kernels kScalarKernels = {"scalar", 1, choose_format, prepare, multiply, store};
+const Kernels kScalarKernels = {"scalar", 1, choose_format, all_groups, prepare, multiply, store};
 
 } // namespace parofx

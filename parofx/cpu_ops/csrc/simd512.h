@@ -67,12 +67,16 @@ struct Simd512 {
     if constexpr (dtype == DType::f32) return store(static_cast<float*>(data) + index, v);
     auto* out = reinterpret_cast<__m256i*>(static_cast<uint16_t*>(data) + index);
     if constexpr (dtype == DType::f16) return _mm256_storeu_si256(out, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#ifdef __AVX512BF16__
+    return _mm256_storeu_si256(out, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+#else
     // bf16: round to nearest even by adding half a unit; a NaN would overflow into infinity, so it is replaced.
     const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits(v), 16), _mm512_set1_epi32(1));
     const Int rounded = _mm512_add_epi32(bits(v), _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     const Int high = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
     _mm256_storeu_si256(out, _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
+#endif
   }
 
   // Bytes 0..2 become the signed digits, base 256, of integers of up to 127 · 2^16: x = Σ (byte − 128) · 256^i.
