@@ -9,6 +9,7 @@ from torch import nn
 
 from parofx import integrations, kept_float
 from parofx.nn import ParoLinear
+from parofx.unwrapping import plain_module
 
 
 def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -23,6 +24,7 @@ def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Modu
     Returns:
         The model; for a `ParoLinear` itself, the new linear.
     """
+    model = plain_module(model)
     if integrations.is_transformers_model(model):
         from parofx.integrations import transformers
 

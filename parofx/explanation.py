@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from parofx import packing
+from parofx import integrations, packing
 from parofx.config import ParoConfig
 from parofx.nn import ParoLinear
 from parofx.passes.base import Pass, PassReport, Stage, set_stage
@@ -33,6 +33,7 @@ from parofx.passes.merge_siblings import MergeSiblings
 from parofx.passes.transforms import find_transforms
 from parofx.pipeline import Pipeline
 from parofx.quantization import not_converted, output_heads
+from parofx.unwrapping import plain_module
 
 
 class ExplainedLinear(NamedTuple):
@@ -64,12 +65,17 @@ def explain(model: nn.Module, *example_inputs: Any, config: ParoConfig | None = 
 
     Args:
         model: any module.
-        *example_inputs: as for `capture`.
+        *example_inputs: as for `capture`; a Transformers model needs none.
         config: as for `quantize`; of no meaning for a quantized model.
 
     Returns:
         One row per linear; `print` it.
     """
+    model = plain_module(model)
+    if not example_inputs and integrations.is_transformers_model(model):
+        from parofx.models import example_inputs as described_by_its_configuration
+
+        example_inputs = (described_by_its_configuration(model),)
     gm = capture(model, *example_inputs)
     if any(isinstance(module, ParoLinear) for module in model.modules()):
         return _explain_quantized(model, gm)

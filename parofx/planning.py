@@ -30,6 +30,7 @@ from parofx.passes.transforms import Transform, find_transforms
 from parofx.pipeline import Pipeline
 from parofx.quantization import captured, not_converted, output_heads
 from parofx.report import FloatLinear, FloatReason
+from parofx.unwrapping import plain_module
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def plan_quantization(
         DataError: if the calibration data is empty or malformed.
         CaptureError: if the model cannot be captured.
     """
-    config = config or ParoConfig()
+    config, model = config or ParoConfig(), plain_module(model)
     parameter = next(model.parameters(), torch.empty(0))
     device = torch.device(device or ("cpu" if parameter.is_meta else parameter.device))
     skeleton = _on_meta(model)

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from parofx import integrations, kept_float, linear_tensors
 from parofx.calibration.data import batches as read_batches
-from parofx.config import ParoConfig
+from parofx.config import CalibrationConfig, ParoConfig
 from parofx.errors import CaptureError, ConfigError, one_per_line
 from parofx.nn import ParoLinear
 from parofx.passes.allocate_bits import AllocateBits
@@ -29,6 +29,7 @@ from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.linears import matches
 from parofx.pipeline import Pipeline
 from parofx.report import FloatLinear, FloatReason, LinearReport, QuantizationReport
+from parofx.unwrapping import plain_module
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def quantize(
 
     Args:
         model: any module; a Transformers model also gets its quantization config, so that `save_pretrained` works.
+            Of a compiled module the one behind it is quantized, and compiles anew.
         config: what is quantized and how; `ParoConfig()` by default.
         calibration: None (weights alone), a source (a file, a folder, a `datasets` id or `"self"`), an iterable of
             strings or conversations (needs `tokenizer`), or an iterable of model inputs.
@@ -74,12 +76,13 @@ def quantize(
         the model's configuration stays as it is.
 
     Raises:
-        ConfigError: if an option is wrong, or the model is quantized already.
+        ConfigError: if an option is wrong, or the model is none, is quantized already or has no weights.
         DataError: if the calibration data or a weight is not finite, empty or malformed.
         CaptureError: if the model cannot be captured.
     """
     start = time.perf_counter()
-    config = config or ParoConfig()
+    config, model = config or ParoConfig(), plain_module(model)
+    _check_weights_exist(model)
     gm, batches = captured(model, config, calibration=calibration, tokenizer=tokenizer, example_inputs=example_inputs)
     pipeline = Pipeline(
         [
@@ -115,7 +118,7 @@ def captured(
 ) -> tuple[GraphModule, list[dict[str, Any]] | None]:
     """Check what `quantize` was given; return the model's graph (stage FLOAT) and the calibration batches."""
     if not isinstance(config, ParoConfig):
-        raise ConfigError(f"config must be a ParoConfig, got {type(config).__name__}; build it with ParoConfig(...)")
+        raise ConfigError(f"config must be a ParoConfig, got {type(config).__name__}; {_remedy(config)}")
     if any(isinstance(module, ParoLinear) for module in model.modules()):
         raise ConfigError("the model holds ParoLinear modules already; parofx.dequantize(model) gives float ones back")
     _check_patterns(model, config)
@@ -124,6 +127,23 @@ def captured(
     if batches is not None and isinstance(inputs, tuple):
         inputs = _named(model, inputs)  # as the batches are
     return (capture(model, *inputs) if isinstance(inputs, tuple) else capture(model, inputs)), batches
+
+
+def _remedy(config: object) -> str:
+    if isinstance(config, CalibrationConfig):
+        return "put it in one: ParoConfig(calibration=...)"
+    if isinstance(config, Mapping):
+        return "build it with ParoConfig.from_dict(...)"
+    return "build it with ParoConfig(...); calibration data is given as calibration=..."
+
+
+def _check_weights_exist(model: nn.Module) -> None:
+    names = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if names:
+        raise ConfigError(
+            f"parameters on the meta device hold nothing to quantize; load the model's weights, or ask "
+            f"parofx.plan_quantization, which needs none:\n{one_per_line(names, limit=3)}"
+        )
 
 
 def _check_patterns(model: nn.Module, config: ParoConfig) -> None:

@@ -14,10 +14,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
 td:first-child, th:first-child { text-align: left; font-family: ui-monospace, monospace; font-size: 13px; }
 .chart { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top; }
-.before { stroke: #b0413e; fill: #b0413e; } .after { stroke: #27647b; fill: #27647b; }
+.before { stroke: #b0413e; fill: #b0413e; color: #b0413e; } .after { stroke: #27647b; fill: #27647b; color: #27647b; }
 polyline { fill: none !important; stroke-width: 1.5; }
 svg text { font-size: 11px; fill: #555; stroke: none; }
-.kept { color: #777; }
 """
 _WIDTH, _HEIGHT, _MARGIN = 260, 150, 34
 
@@ -40,8 +39,8 @@ def render_page(report: Mapping[str, Any]) -> str:
         f"weight, {report.get('seconds', 0):.0f} s, recipe "
         f"{escape(str(report.get('config', {}).get('calibration', {}).get('recipe', '')))}.</p>",
         "<h2>Error of the output, relative to the output</h2>",
-        "<p><span class=before>rounded to nearest</span>, <span class=after>as stored</span>; layers from input to "
-        "output.</p>",
+        "<p><span class=before>rounded to nearest in the same rotation</span>, <span class=after>as stored</span>; "
+        "layers from input to output.</p>",
         *_error_charts(linears),
         *_block_tables(report.get("blocks", ())),
         "<h2>Transforms</h2>",
@@ -122,7 +121,10 @@ def _block_tables(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
         for block in blocks
         for stage in block["stages"]
     ]
-    heading = "<h2>Blocks</h2><p>Loss of the block's output on held-out data before and after each stage.</p>"
+    heading = (
+        "<h2>Blocks</h2><p>Loss of the block's output on held-out data <span class=before>before</span> and "
+        "<span class=after>after</span> each stage.</p>"
+    )
     charts = [_chart(name, series) for name, series in stages.items()]
     return [heading, *charts, _table(("block", "stage", "before", "after", "factor", "kept"), rows)]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import graphs
 import pytest
+import tiny
 import torch
 from graphs import Model
 from torch import Tensor, nn
@@ -162,6 +163,10 @@ class TestExplain:
             ("unused", "quantized", f"{held}; the example inputs never reach it"),
         ]
         assert [reason[2].partition(" (")[2] for *_, reason in rows[:3]] == ["2 linears)", "2 linears)", "1 linears)"]
+
+    def test_a_transformers_model_describes_its_inputs(self) -> None:
+        model = tiny.model()
+        assert [row.action for row in explain(model).rows] == ["quantize"] * 14 + ["keep float"]
 
     def test_a_model_without_linears(self) -> None:
         assert str(explain(nn.ReLU(), graphs.rows(3, 64))) == "0 blocks: the whole graph"

@@ -26,6 +26,35 @@ def run(code: str, folder: Path) -> str:
     return done.stdout
 
 
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
+
+
+def prose_of(page: str) -> str:
+    """Return a page without its code."""
+    return re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors_of(page: str) -> set[str]:
+    """Return what links may name of a page: its headings in lower case, with dashes, without punctuation."""
+    headings = re.findall(r"^#+ (.+)$", prose_of(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def broken_links_of(page: str) -> list[str]:
+    """Return the links within the repository that name a file or a heading that is not there."""
+    broken = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose_of(page)):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if not target.exists() or (anchor and anchor not in anchors_of(str(target))):
+            broken.append(link)
+    return broken
+
+
+def test_links_within_the_repository_lead_somewhere() -> None:
+    assert {page: broken for page in PAGES if (broken := broken_links_of(page))} == {}
+
+
 @pytest.mark.parametrize("page", ["docs/plugging_in.md", "docs/verifying_kernels.md", "docs/writing_a_pass.md"])
 def test_a_guide_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
     assert run("\n".join(code_of(page)), tmp_path)

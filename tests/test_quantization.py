@@ -225,9 +225,22 @@ def test_quantizing_twice_is_an_error():
     assert same(model, before)
 
 
-def test_config_must_be_one():
-    with pytest.raises(ConfigError, match="config must be a ParoConfig, got dict"):
-        parofx.quantize(net(), {"bits": 4})
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        ({"bits": 4}, r"got dict; build it with ParoConfig\.from_dict"),
+        (FAST, r"got CalibrationConfig; put it in one: ParoConfig\(calibration="),
+        (["a text"], r"got list; build it with ParoConfig\(\.\.\.\); calibration data is given as calibration="),
+    ],
+)
+def test_config_must_be_one(config, remedy):
+    with pytest.raises(ConfigError, match=f"config must be a ParoConfig, {remedy}"):
+        parofx.quantize(net(), config)
+
+
+def test_a_model_without_weights_is_refused():
+    with pytest.raises(ConfigError, match=r"(?s)meta device hold nothing to quantize; load .*- left\.weight.*4 more"):
+        quantize(net().to("meta"), example_inputs=inputs().to("meta"))
 
 
 def test_calibration_that_is_not_finite_is_named():

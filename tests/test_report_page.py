@@ -75,6 +75,13 @@ def test_it_draws_a_chart_per_kind_and_stage_and_loads_nothing(report):
     assert all(0 <= value <= 260 for value in coordinates)
 
 
+def test_its_words_have_the_colours_of_the_lines(report):
+    page = render_page(report.to_dict())
+    colours = dict(re.findall(r"\.(before|after) { stroke: (#\w+); fill: \2; color: \2; }", page))
+    assert set(colours) == {"before", "after"}
+    assert page.count("<span class=before>") == page.count("<span class=after>") == 2  # of errors and of blocks
+
+
 def test_a_report_of_an_earlier_version_is_drawn(report):
     old = report.to_dict()
     del old["blocks"]

@@ -88,9 +88,14 @@ def batches(
     if isinstance(first, str) or _is_conversation(first):
         if tokenizer is None:
             raise DataError("calibration holds text, and text needs a tokenizer: pass tokenizer=")
+        if not callable(tokenizer):
+            raise DataError(
+                f"tokenizer must be a tokenizer, got {tokenizer!r}; load it with AutoTokenizer.from_pretrained"
+            )
         tokens = pack_tokens(
             _documents(first, items), tokenizer, seqlen=config.seqlen, samples=config.samples, seed=config.seed
         )
+        _check_vocabulary(tokens, model)
         return _split(tokens, model, config.batch_size)
     return _given_batches(first, items, model, config.samples)
 
@@ -245,13 +250,36 @@ def _batch(item: object, model: nn.Module, first_sample: int) -> Batch:
         raise DataError(f"{where}: expected a tensor, a mapping or a tuple of inputs, got {type(item).__name__}")
     if not any(isinstance(value, Tensor) for value in inputs.values()):
         kinds = {name: type(value).__name__ for name, value in inputs.items()}
-        raise DataError(f"{where}: expected at least one tensor among the inputs, got {kinds}")
+        raise DataError(f"{where}: expected at least one tensor among the inputs, got {kinds}{_remedy(item)}")
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             _check_tensor(name, value, first_sample)
     mask = inputs.get("attention_mask")
     # A mask of more dimensions says who sees whom, not which rows are padding.
     return Batch(inputs, mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+
+
+def _remedy(item: object) -> str:
+    if isinstance(item, Mapping):
+        texts = next((name for name, value in item.items() if isinstance(value, str)), None)
+        return "" if texts is None else f"; of rows with text give the strings: [row[{texts!r}] for row in rows]"
+    if isinstance(item, (list, tuple)) and all(isinstance(one, int) for one in item):
+        return "; token ids are given as a tensor: torch.tensor([ids])"
+    return ""
+
+
+def _check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
+    """Refuse tokens that the model has no embedding for, which another model's tokenizer gives."""
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        known = getattr(embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # of a Transformers model that has none
+        known = None
+    if known is not None and int(tokens.max()) >= known:
+        raise DataError(
+            f"the tokenizer gives token {int(tokens.max())}, and {type(model).__name__} has embeddings for {known}; "
+            "pass the model's own tokenizer"
+        )
 
 
 def _check_tensor(name: str, value: Tensor, first_sample: int) -> None:

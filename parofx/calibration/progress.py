@@ -26,7 +26,7 @@ class BlockProgress:
             # On a narrow terminal the block's name is cut, never the counts.
             TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=Console(stderr=True),
-            disable=not enabled,
+            disable=not (enabled and transforms),
         )
         self._task = self._bar.add_task("", total=len(transforms), status="")
         self._block = ""

@@ -53,7 +53,14 @@ def load_texts(source: str | Path, *, split: str = "train") -> Iterator[Document
     if not str(source).strip():
         raise DataError("a source must be a file, a folder or a dataset id, got an empty name")
     path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # the system takes no name that is so long
+        raise DataError(
+            f"a source must be a file, a folder or a dataset id, got {len(str(source))} characters "
+            f"({error.strerror}); text itself is given in a list: [text]"
+        ) from error
+    if is_folder:
         return _load_folder(path)
     reader = _READERS.get(path.suffix.lower())
     if path.is_file():
@@ -150,7 +157,7 @@ def _load_dataset(name: str, split: str) -> Iterator[Document]:
         raise DataError(
             f"{name!r} is no file or folder, and it could not be read as a hub dataset "
             f"({type(error).__name__}: {error}). Check the name (name, name:config or name:config:split) and the "
-            "network, or download the text and pass the file"
+            "network, or download the text and pass the file; text itself is given in a list: [text]"
         ) from error
 
 

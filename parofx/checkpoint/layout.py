@@ -142,7 +142,10 @@ def find_quantized(tensors: Mapping[str, Tensor]) -> Quantized:
 def why_not_readable(config: object) -> list[str]:
     """Return what keeps a `quantization_config` from being read."""
     if not isinstance(config, Mapping):
-        return [f"config.json must hold a 'quantization_config' object, got {config!r}"]
+        return [
+            f"config.json must hold a 'quantization_config' object, got {config!r}; "
+            "of a float model parofx.quantize and parofx.save_pretrained make a checkpoint"
+        ]
     if config.get("quant_method") != QUANT_METHOD:
         return [f"quant_method must be {QUANT_METHOD!r}, got {config.get('quant_method')!r}"]
     if config.get("bits", DEFAULT_BITS) not in PACKED_BITS:

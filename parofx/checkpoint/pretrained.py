@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from parofx import integrations, kept_float
 from parofx.checkpoint import files, layout, skeleton
 from parofx.errors import CheckpointError, one_per_line
+from parofx.unwrapping import plain_module
 
 
 def save_pretrained(
@@ -31,7 +32,7 @@ def save_pretrained(
     once it is whole: on an error nothing is left behind.
 
     Args:
-        model: a transformers model or any module.
+        model: a transformers model or any module; of a compiled one the module behind it is written.
         directory: where to; must not exist or be empty.
         tokenizer: saved beside the model, chat template included, by its own `save_pretrained`.
         max_shard_size: bytes per file, a number or such as `"5GB"`.
@@ -40,6 +41,7 @@ def save_pretrained(
     Raises:
         CheckpointError: if the model holds no `ParoLinear`, or `directory` is not free.
     """
+    model = plain_module(model)
     config = layout.describe(model)
     with files.new_folder(Path(directory), overwrite=overwrite) as folder:
         try:

@@ -53,9 +53,8 @@ def explain(
         model, revision=revision, offline=offline, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     import parofx
-    from parofx.models import example_inputs
 
-    rows = parofx.explain(loaded.model, example_inputs(loaded.model), config=chosen).rows
+    rows = parofx.explain(loaded.model, config=chosen).rows
     table = Table("name", "action", "reason", box=None)
     for row in rows:
         if grep is None or grep in row.name:

@@ -109,7 +109,8 @@ def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} could not be captured as one graph by torch.export: {error}\n"
-                "torch.compile(model, backend='paro') captures more models; it needs no export"
+                "Check that the model runs on these inputs. If it does, torch.compile(model, backend='paro') may take "
+                "it, which captures more models and needs no export"
             ) from dynamic_error
         reason = next(iter(str(dynamic_error).strip().splitlines()), type(dynamic_error).__name__)
         logger.warning(

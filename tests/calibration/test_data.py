@@ -203,7 +203,12 @@ def test_numbers_that_are_not_finite_are_named_by_sample(value: float) -> None:
         (7, "got int"),
         (["text"], "needs a tokenizer"),
         ([7], "sample 0: expected a tensor, a mapping or a tuple of inputs, got int"),
-        ([{"x": 1}], "at least one tensor among the inputs, got {'x': 'int'}"),
+        ([{"x": 1}], "at least one tensor among the inputs, got {'x': 'int'}$"),
+        (
+            [{"text": "a"}],
+            r"got {'text': 'str'}; of rows with text give the strings: \[row\['text'\] for row in rows\]",
+        ),
+        ([[3, 4]], r"got {'x': 'int', 'scale': 'int'}; token ids are given as a tensor: torch\.tensor\(\[ids\]\)"),
         ([(torch.ones(1), torch.ones(1), torch.ones(1), torch.ones(1))], "Model.forward does not take it"),
         ([torch.ones(0, 3)], r"x is empty, of shape \(0, 3\)"),
         (torch.ones(0, 3), r"at least one sample, got a tensor of shape \(0, 3\)"),
@@ -212,6 +217,25 @@ def test_numbers_that_are_not_finite_are_named_by_sample(value: float) -> None:
 def test_what_is_no_data_is_refused(calibration: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         batches(calibration, Model(), CONFIG)
+
+
+def test_a_tokenizer_that_is_none_is_refused() -> None:
+    with pytest.raises(DataError, match="must be a tokenizer, got 'path/to/model'; load it with AutoTokenizer"):
+        batches([tiny.TEXT], Model(), CONFIG, tokenizer="path/to/model")
+
+
+def test_another_models_tokenizer_is_refused() -> None:
+    message = f"gives token {tiny.VOCAB}, and LlamaForCausalLM has embeddings for {tiny.VOCAB}; pass the model's own"
+    with pytest.raises(DataError, match=message):
+        batches([f"{numbers(0, tiny.VOCAB + 1)} " * 3], tiny.model(), CONFIG, tokenizer=Numbers())
+    known = [f"{numbers(0, tiny.VOCAB)} " * 3]
+    assert batches(known, tiny.model(), CONFIG, tokenizer=Numbers())
+
+    class NoTable(Model):
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError
+
+    assert batches(known, NoTable(), CONFIG, tokenizer=Numbers())
 
 
 def test_an_item_that_is_no_text_is_named() -> None:

@@ -107,6 +107,15 @@ def test_parquet_without_documents_is_refused(tmp_path: Path) -> None:
         list(load_texts(tmp_path / "a.parquet"))
 
 
+def test_text_in_place_of_a_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"got 39000 characters .*; text itself is given in a list: \[text\]"):
+        load_texts("the sea is wide and ships sail on it.\n\n" * 1000)
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ValueError("no such name")))
+    with pytest.raises(DataError, match=r"no such name.*text itself is given in a list: \[text\]"):
+        list(load_texts("the sea is wide"))
+
+
 @pytest.mark.parametrize("name", ["missing.txt", "./missing", "~/missing", "/missing"])
 def test_a_missing_path_is_not_taken_for_a_dataset(name: str) -> None:
     with pytest.raises(DataError, match="no such file or folder"):

@@ -90,7 +90,13 @@ def test_find_quantized_refuses():
     ("config", "reasons"),
     [
         ({"quant_method": "paroquant", "zero_point": True}, []),
-        (None, ["config.json must hold a 'quantization_config' object, got None"]),
+        (
+            None,
+            [
+                "config.json must hold a 'quantization_config' object, got None; "
+                "of a float model parofx.quantize and parofx.save_pretrained make a checkpoint"
+            ],
+        ),
         ({"quant_method": "awq"}, ["quant_method must be 'paroquant', got 'awq'"]),
         ({"quant_method": "paroquant", "bits": 2}, ["bits must be one of (3, 4, 8), got 2"]),
         (
