@@ -60,6 +60,13 @@ def few_at_a_time(
     return first_sequences(gm, batches, 1 << 62, at_a_time=count)
 
 
+def steps_of(parts: Sequence[Mapping[str, Any]], config: CalibrationConfig) -> list[range]:
+    """Return the batches, cut by `few_at_a_time`, of each step of an epoch; those held out are behind them."""
+    first = first_held_out(parts, config.validation_samples)
+    count = max(1, config.distill_batch_size // max(map(_sequences, parts), default=1))
+    return [range(begin, min(begin + count, first)) for begin in range(0, first, count)]
+
+
 class Distiller:
     """Trains a whole model.
 
@@ -89,9 +96,9 @@ class Distiller:
         self._vocabularies = {len(table) for table in find_embeddings(gm)}
         parts = few_at_a_time(gm, batches, config)
         self._stream = BlockStream(gm, parts)
-        first = first_held_out(parts, config.validation_samples)
-        self._training, self._validation = range(first), range(first, len(parts)) or range(first)
-        self._step = max(1, config.distill_batch_size // max(map(_sequences, parts)))
+        self._steps = steps_of(parts, config)
+        first = self._steps[-1].stop
+        self._validation = range(first, len(parts)) or range(first)
         self._device = next(iter(weights.values())).device.type
 
     def run(self, progress: BlockProgress) -> tuple[dict[str, FittedTransform], StageReport]:
@@ -101,7 +108,7 @@ class Distiller:
         tensors = continuous(trained.values())
         for tensor in tensors:
             tensor.requires_grad_(True)
-        steps = [self._training[first : first + self._step] for first in range(0, len(self._training), self._step)]
+        steps = self._steps
         progress.distilling(config.distill_epochs * len(steps))
 
         def backward(step: int) -> None:

@@ -155,8 +155,8 @@ def test_how_many_run_at_a_time_changes_nothing(llama, monkeypatch):
         for tensor in tensors:
             tensor.requires_grad_(True)
         with torch.enable_grad():
-            for index in range(distiller._step):
-                distiller._accumulate(trained, index, 1 / distiller._step)
+            for index in distiller._steps[0]:
+                distiller._accumulate(trained, index, 1 / len(distiller._steps[0]))
         with torch.no_grad():
             found.append((distiller._held_out_loss(trained), torch.cat([one.grad.flatten() for one in tensors])))
     (loss, gradients), (apart, added) = found
