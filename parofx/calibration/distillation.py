@@ -31,7 +31,7 @@ from parofx.calibration.fixed_codes import angle_masks, as_stored, continuous, w
 from parofx.calibration.precision import product_precision
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.row_masks import select_rows
-from parofx.calibration.sensitivity import first_sequences, unmasked
+from parofx.calibration.sensitivity import first_sequences, output_nodes, unmasked
 from parofx.calibration.stream import BlockStream, first_held_out
 from parofx.config import CalibrationConfig
 from parofx.passes.graph import FAKE_QUANTIZE
@@ -48,6 +48,8 @@ _CHUNK_ELEMENTS = 1 << 20
 #: Names of linears → what they multiply by, `(N, K)`.
 _Weights = Callable[[Sequence[str]], Mapping[str, Tensor]]
 _Trained = Mapping[str, TrainedTransform]
+#: Sets the rows of an output that do not count to zero.
+_Counting = Callable[[Tensor], Tensor]
 
 
 def few_at_a_time(
@@ -96,6 +98,7 @@ class Distiller:
         self._vocabularies = {len(table) for table in find_embeddings(gm)}
         parts = few_at_a_time(gm, batches, config)
         self._stream = BlockStream(gm, parts)
+        self._output_nodes = output_nodes(gm)
         self._steps = steps_of(parts, config)
         first = self._steps[-1].stop
         self._validation = range(first, len(parts)) or range(first)
@@ -154,12 +157,12 @@ class Distiller:
             wanted = self._outputs(self._float_weights, border)
         outputs = self._outputs(partial(self._effective_weights, trained), border)
         loss, gradients = 0.0, []
-        for output, target in zip(outputs, wanted, strict=True):
+        for (node, output), (_, target) in zip(outputs, wanted, strict=True):
             score = _divergence if output.shape[-1] in self._vocabularies else _relative
-            value, gradient = score(output.detach(), target, masks)
+            value, gradient = score(output.detach(), target, partial(unmasked, node, masks=masks))
             loss += value
             gradients.append(gradient)
-        return loss, outputs, gradients
+        return loss, [output for _, output in outputs], gradients
 
     def _relative_errors(self, trained: _Trained) -> dict[str, tuple[float, ...]]:
         """Return by transform its linears' relative squared output errors on held-out inputs of the float model."""
@@ -183,14 +186,21 @@ class Distiller:
             for name, parts in sums.items()
         }
 
-    def _outputs(self, weights: _Weights, border: Mapping[str, Any]) -> list[Tensor]:
-        """Return the distributions that the model gives with these weights, or without one its floating outputs."""
+    def _outputs(self, weights: _Weights, border: Mapping[str, Any]) -> list[tuple[Node, Tensor]]:
+        """Return the distributions that the model gives with these weights, or without one its floating outputs.
+
+        With each comes its node in the model's graph.
+        """
         fast = self._config.autocast
         precision = product_precision("fast") if fast else contextlib.nullcontext()
         with precision, torch.autocast(self._device, torch.bfloat16, enabled=fast):
             leaves = pytree.tree_leaves(_Segments(self._stream.split, weights).run(*border.values()))
-        floating = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        return [leaf for leaf in floating if leaf.shape[-1] in self._vocabularies] or floating
+        floating = [
+            (node, leaf)
+            for node, leaf in zip(self._output_nodes, leaves, strict=True)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+        return [(node, leaf) for node, leaf in floating if leaf.shape[-1] in self._vocabularies] or floating
 
     def _float_weights(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         return {name: self._float[name] for name in names}
@@ -234,11 +244,11 @@ def _sequences(batch: Mapping[str, Any]) -> int:
     return max((len(value) for value in batch.values() if _has_rows(value)), default=1)
 
 
-def _divergence(output: Tensor, target: Tensor, masks: Mapping[str, Tensor]) -> tuple[float, Tensor]:
+def _divergence(output: Tensor, target: Tensor, counting: _Counting) -> tuple[float, Tensor]:
     """Return the mean `KL(p ‖ q)` over the positions that count, and its gradient at q's logits, `q − p`."""
     gradient = torch.empty_like(output, memory_format=torch.contiguous_format)
     logits, wanted = (one.reshape(-1, one.shape[-1]) for one in (output, target))
-    counts = unmasked(torch.ones_like(output[..., :1], dtype=torch.float32), masks).reshape(-1)
+    counts = counting(torch.ones_like(output[..., :1], dtype=torch.float32)).reshape(-1)
     counts = counts / counts.sum().clamp(min=1.0)
     flat, total = gradient.view(logits.shape), 0.0
     step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
@@ -251,10 +261,10 @@ def _divergence(output: Tensor, target: Tensor, masks: Mapping[str, Tensor]) -> 
     return total, gradient
 
 
-def _relative(output: Tensor, target: Tensor, masks: Mapping[str, Tensor]) -> tuple[float, Tensor]:
+def _relative(output: Tensor, target: Tensor, counting: _Counting) -> tuple[float, Tensor]:
     """Return the mean relative squared error of rows, and its gradient."""
     with torch.enable_grad():
         leaf = output.detach().requires_grad_()
-        loss = relative_distance(unmasked(leaf, masks), unmasked(target, masks))
+        loss = relative_distance(counting(leaf), counting(target))
         (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.item(), gradient

@@ -164,6 +164,24 @@ def test_how_many_run_at_a_time_changes_nothing(llama, monkeypatch):
     torch.testing.assert_close(gradients, added, rtol=1e-3, atol=1e-6)
 
 
+def test_a_mask_of_other_rows_leaves_none_out():
+    class Decoder(graphs.Stack):
+        """A decoder's output has the encoder's shape, not its mask."""
+
+        def forward(self, x: Tensor, attention_mask: Tensor, decoder_x: Tensor) -> Tensor:
+            encoded = (x * attention_mask[..., None]).mean(1, keepdim=True)
+            return super().forward(decoder_x) + encoded
+
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    example = {"x": graphs.rows(2, 7, 64), "attention_mask": torch.ones(2, 7), "decoder_x": graphs.rows(2, 5, 64)}
+    one = {"x": graphs.rows(2, 5, 64, seed=1), "attention_mask": mask, "decoder_x": graphs.rows(2, 5, 64, seed=2)}
+    model = Model(Decoder(1).eval(), [example, one], settings())
+    trained, _ = with_fixed_codes(model.transforms, model.fits)
+    with torch.no_grad():
+        _, _, (gradient,) = model.distiller(distill_batch_size=2)._compare(trained, 1)
+    assert (gradient.abs().sum(-1) > 0).all()
+
+
 def test_rows_of_padding_do_not_count():
     padded = batches(2, 2, attention_mask=torch.tensor([[1] * 12, [1] * 7 + [0] * 5]))
     model = Model(sure_model(), padded, settings(validation_samples=2))
@@ -209,7 +227,7 @@ def test_a_divergence_is_summed_in_parts(monkeypatch):
     expected = ((p.exp() * (p - q)).sum(-1) * mask).sum() / mask.sum()
     expected.backward()
     monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 14)
-    loss, gradient = distillation._divergence(output, target, {"attention_mask": mask})
+    loss, gradient = distillation._divergence(output, target, lambda rows: rows * mask[..., None])
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-7)
 
