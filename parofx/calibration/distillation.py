@@ -256,7 +256,9 @@ def _divergence(output: Tensor, target: Tensor, counting: _Counting) -> tuple[fl
         part = slice(first, first + step)
         log_q, log_p = (one[part].float().log_softmax(-1) for one in (logits, wanted))
         p = log_p.exp()
-        total += torch.linalg.vecdot(p, log_p.sub_(log_q)).dot(counts[part]).item()
+        # A logit of minus infinity in both is no difference.
+        difference = log_p.sub_(log_q).masked_fill_(p == 0, 0.0)
+        total += torch.linalg.vecdot(p, difference).dot(counts[part]).item()
         flat[part] = log_q.exp_().sub_(p).mul_(counts[part, None])
     return total, gradient
 

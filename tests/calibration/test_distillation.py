@@ -232,6 +232,16 @@ def test_a_divergence_is_summed_in_parts(monkeypatch):
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-7)
 
 
+def test_logits_that_are_minus_infinity_add_nothing():
+    output, target = (torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    expected, gradient = distillation._divergence(output, target, lambda rows: rows)
+    never = torch.full((1, 4, 2), -torch.inf)
+    both = (torch.cat([one, never], -1) for one in (output, target))
+    loss, wider = distillation._divergence(*both, lambda rows: rows)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(wider, torch.cat([gradient, torch.zeros_like(never)], -1))
+
+
 def test_quantize_reports_it_and_resumes_before_it(tmp_path):
     config = ParoConfig(
         bits=3, group_size=G, krot=2,
