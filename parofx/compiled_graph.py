@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from parofx.dynamo import placeholders, rebind_parameters, static_fakes, unbind_parameters
 from parofx.passes.derived import State, unchanged
@@ -86,7 +87,7 @@ class CompiledGraph:
             self._run = compile_fx(
                 lowered,
                 [example_inputs[index] for index in self._kept] + static_fakes(packed.tensors),
-                config_patches={"cpp.min_chunk_size": _smallest_chunk(), **inductor},
+                config_patches={"cpp.min_chunk_size": _smallest_chunk(lowered), **inductor},
             )
         place_siblings(lowered)
 
@@ -130,12 +131,22 @@ class CompiledGraph:
                 self._packed.pop(key, None)
 
 
-def _smallest_chunk() -> int:
+def _smallest_chunk(lowered: GraphModule) -> int:
     """Return how many elements of a loop Inductor must have for each thread before it wakes them.
 
     One token's norms and activations are loops of a few thousand elements: less work than it takes to wake a thread.
+    Where linears take any number of rows, Inductor goes by those of the example: a few now may be thousands later.
     """
-    return max(inductor_config.cpp.min_chunk_size, SMALL_LOOP // torch.get_num_threads())
+    own = inductor_config.cpp.min_chunk_size
+    return own if any(map(_takes_any_number, lowered.graph.nodes)) else max(own, SMALL_LOOP // torch.get_num_threads())
+
+
+def _takes_any_number(node: Node) -> bool:
+    """Say whether a node is an operator of ours on any number of rows."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target.namespace.startswith("parofx"):
+        return False
+    tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+    return any(isinstance(size, torch.SymInt) for one in tensors for size in one.shape)
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from parofx.calibration.data import SELF_SOURCE
-from parofx.calibration.distillation import few_at_a_time
+from parofx.calibration.distillation import few_at_a_time, steps_of
 from parofx.calibration.format_losses import TransformFormat, stored_bytes
 from parofx.calibration.memory import TransformShape, disk_bytes, memory_terms
 from parofx.calibration.probe import estimate_seconds
@@ -151,8 +151,11 @@ def plan_quantization(
     with_data = batches is not None and config.calibration.recipe != "data-free"
     segments = measure_segments(gm, batches or ()) if with_data else ()
     distilled: tuple[SegmentTraffic, ...] = ()
-    if with_data and config.calibration.distill_epochs:
-        distilled = measure_segments(gm, few_at_a_time(gm, batches or (), config.calibration), whole=True)
+    distill_steps = 0
+    if with_data and config.calibration.distill_epochs and transforms:
+        parts = few_at_a_time(gm, batches or (), config.calibration)
+        distilled = measure_segments(gm, parts, whole=True)
+        distill_steps = config.calibration.distill_epochs * len(steps_of(parts, config.calibration))
     shapes = [_shape(gm, transform) for transform in transforms]
     packed_bytes = uniform_bytes = sum(linear.packed_bytes for linear in linears)
     if budget_bytes is not None:
@@ -169,7 +172,7 @@ def plan_quantization(
         blocks=blocks,
         sequences=sum(map(_sequences, batches or ())),
         tokens=sum(map(_tokens, batches or ())),
-        steps=config.calibration.steps * len(transforms) + _trained_steps(config, batches or (), blocks),
+        steps=config.calibration.steps * len(transforms) + _block_steps(config, batches or (), blocks) + distill_steps,
         memory=memory_terms(
             config,
             shapes,
@@ -248,12 +251,9 @@ def _tokens(batch: Mapping[str, Any]) -> int:
     return max((one.numel() for one in integers), default=_sequences(batch))
 
 
-def _trained_steps(config: ParoConfig, batches: Sequence[Mapping[str, Any]], blocks: int) -> int:
+def _block_steps(config: ParoConfig, batches: Sequence[Mapping[str, Any]], blocks: int) -> int:
     calibration = config.calibration
     epochs = calibration.transform_epochs + calibration.weight_epochs + calibration.tune_epochs
     if calibration.recipe == "data-free" or not batches:
         return 0
-    sequences = sum(map(_sequences, batches))
-    training = sequences - min(calibration.validation_samples, sequences // 2)
-    distilled = calibration.distill_epochs * -(-training // calibration.distill_batch_size)
-    return blocks * epochs * first_held_out(batches, calibration.validation_samples) + distilled
+    return blocks * epochs * first_held_out(batches, calibration.validation_samples)

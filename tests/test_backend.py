@@ -731,6 +731,13 @@ def test_short_loops_keep_to_one_thread(threads, chunk, spy, monkeypatch):
     assert spy.patches == [{"cpp.min_chunk_size": chunk}, {"cpp.min_chunk_size": 7}]
 
 
+def test_loops_over_any_number_of_rows_are_inductors_own(spy, monkeypatch):
+    """Compiled for a few rows, it may be called with thousands."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    quietly(torch.compile(paro_net(), backend="paro", dynamic=True), inputs())
+    assert spy.patches == [{"cpp.min_chunk_size": torch._inductor.config.cpp.min_chunk_size}]
+
+
 # --- parameters that change -----------------------------------------------------------------------------------------
 
 

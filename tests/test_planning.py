@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 import parofx
 from parofx import CalibrationConfig, ParoConfig
+from parofx.calibration.progress import BlockProgress
 from parofx.errors import CheckpointError, ConfigError, DataError
 from parofx.models import load_skeleton
 
@@ -125,6 +126,19 @@ def test_any_module_and_any_inputs():
     single = parofx.plan_quantization(Layer(0), ParoConfig(calibration=FAST), example_inputs=torch.randn(2, 5, 64))
     assert (single.transforms, single.sequences) == (2, 0)
     assert single.memory["borders"] == single.memory["statistics"] == 0
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(7, 3), (13, 8), (1, 8)])
+def test_distillation_makes_the_steps_that_the_plan_says(rows, batch_size, monkeypatch):
+    calibration = CalibrationConfig(
+        recipe="best", steps=0, sweeps=0, damping=(0.1,), clip_ratios=(1.0,), distill_epochs=1,
+        batch_size=batch_size, validation_samples=4,
+    )  # fmt: skip
+    config, data, made = ParoConfig(group_size=32, krot=0, calibration=calibration), torch.randn(rows, 3, 64), []
+    monkeypatch.setattr(BlockProgress, "stepped", lambda self: made.append(1))
+    plan = parofx.plan_quantization(Stack(1).eval(), config, calibration=data)
+    parofx.quantize(Stack(1).eval(), config, calibration=data, progress=False)
+    assert plan.steps == len(made) > 0
 
 
 def test_trained_blocks_count_their_steps():

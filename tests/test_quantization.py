@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from fp64 import cast, reference_model, relative_error, run
+from graphs import Stack, rows
 from torch import nn
 from torch.nn.functional import linear
 
@@ -358,6 +359,16 @@ def test_modes_of_all_modules_are_kept():
     assert model.training
     assert model.left.training
     assert not model.right.training
+
+
+@pytest.mark.parametrize("options", [{"bits_budget": 8.0}, {"tune_epochs": 1}, {"distill_epochs": 1}], ids=str)
+def test_what_is_trained_leaves_no_gradients_on_the_model(options):
+    model = Stack(2).eval()
+    parameters = dict(model.named_parameters())
+    data = [rows(2, 3, 64, seed=seed) for seed in range(2)]
+    calibration = CalibrationConfig(steps=0, sweeps=0, clip_ratios=(1.0,), damping=(0.1,), **options)
+    quantize(model, ParoConfig(group_size=32, krot=1, calibration=calibration), calibration=data)
+    assert [name for name, one in parameters.items() if one.grad is not None or not one.requires_grad] == []
 
 
 def test_hooks_go_on_working():

@@ -112,7 +112,11 @@ class DataRun:
             names = [name for name, last in due.items() if last == segment]
             if store and index < finished:
                 tensors, stages = store.load_segment(index)
-                fits = unpack_fits(tensors)
+                # They were stored from the CPU; what trains the model goes on where it is.
+                fits = {
+                    name: one.to(self._weights[self._transforms[name].linears[0].name].device)
+                    for name, one in unpack_fits(tensors).items()
+                }
                 self._note(names, [StageReport(**stage) for stage in stages])
             else:
                 fits, stages = self._run_segment(stream, students, segment, names)

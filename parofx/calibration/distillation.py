@@ -31,7 +31,7 @@ from parofx.calibration.fixed_codes import angle_masks, as_stored, continuous, w
 from parofx.calibration.precision import product_precision
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.row_masks import select_rows
-from parofx.calibration.sensitivity import first_sequences, unmasked
+from parofx.calibration.sensitivity import first_sequences, output_nodes, unmasked
 from parofx.calibration.stream import BlockStream, first_held_out
 from parofx.config import CalibrationConfig
 from parofx.passes.graph import FAKE_QUANTIZE
@@ -48,6 +48,8 @@ _CHUNK_ELEMENTS = 1 << 20
 #: Names of linears → what they multiply by, `(N, K)`.
 _Weights = Callable[[Sequence[str]], Mapping[str, Tensor]]
 _Trained = Mapping[str, TrainedTransform]
+#: Sets the rows of an output that do not count to zero.
+_Counting = Callable[[Tensor], Tensor]
 
 
 def few_at_a_time(
@@ -58,6 +60,13 @@ def few_at_a_time(
     logits = max(lengths, default=1) * max((len(table) for table in find_embeddings(gm)), default=1)
     count = max(1, min(config.distill_batch_size, _LOGITS // logits))
     return first_sequences(gm, batches, 1 << 62, at_a_time=count)
+
+
+def steps_of(parts: Sequence[Mapping[str, Any]], config: CalibrationConfig) -> list[range]:
+    """Return the batches, cut by `few_at_a_time`, of each step of an epoch; those held out are behind them."""
+    first = first_held_out(parts, config.validation_samples)
+    count = max(1, config.distill_batch_size // max(map(_sequences, parts), default=1))
+    return [range(begin, min(begin + count, first)) for begin in range(0, first, count)]
 
 
 class Distiller:
@@ -89,9 +98,10 @@ class Distiller:
         self._vocabularies = {len(table) for table in find_embeddings(gm)}
         parts = few_at_a_time(gm, batches, config)
         self._stream = BlockStream(gm, parts)
-        first = first_held_out(parts, config.validation_samples)
-        self._training, self._validation = range(first), range(first, len(parts)) or range(first)
-        self._step = max(1, config.distill_batch_size // max(map(_sequences, parts)))
+        self._output_nodes = output_nodes(gm)
+        self._steps = steps_of(parts, config)
+        first = self._steps[-1].stop
+        self._validation = range(first, len(parts)) or range(first)
         self._device = next(iter(weights.values())).device.type
 
     def run(self, progress: BlockProgress) -> tuple[dict[str, FittedTransform], StageReport]:
@@ -101,7 +111,7 @@ class Distiller:
         tensors = continuous(trained.values())
         for tensor in tensors:
             tensor.requires_grad_(True)
-        steps = [self._training[first : first + self._step] for first in range(0, len(self._training), self._step)]
+        steps = self._steps
         progress.distilling(config.distill_epochs * len(steps))
 
         def backward(step: int) -> None:
@@ -147,12 +157,12 @@ class Distiller:
             wanted = self._outputs(self._float_weights, border)
         outputs = self._outputs(partial(self._effective_weights, trained), border)
         loss, gradients = 0.0, []
-        for output, target in zip(outputs, wanted, strict=True):
+        for (node, output), (_, target) in zip(outputs, wanted, strict=True):
             score = _divergence if output.shape[-1] in self._vocabularies else _relative
-            value, gradient = score(output.detach(), target, masks)
+            value, gradient = score(output.detach(), target, partial(unmasked, node, masks=masks))
             loss += value
             gradients.append(gradient)
-        return loss, outputs, gradients
+        return loss, [output for _, output in outputs], gradients
 
     def _relative_errors(self, trained: _Trained) -> dict[str, tuple[float, ...]]:
         """Return by transform its linears' relative squared output errors on held-out inputs of the float model."""
@@ -176,14 +186,21 @@ class Distiller:
             for name, parts in sums.items()
         }
 
-    def _outputs(self, weights: _Weights, border: Mapping[str, Any]) -> list[Tensor]:
-        """Return the distributions that the model gives with these weights, or without one its floating outputs."""
+    def _outputs(self, weights: _Weights, border: Mapping[str, Any]) -> list[tuple[Node, Tensor]]:
+        """Return the distributions that the model gives with these weights, or without one its floating outputs.
+
+        With each comes its node in the model's graph.
+        """
         fast = self._config.autocast
         precision = product_precision("fast") if fast else contextlib.nullcontext()
         with precision, torch.autocast(self._device, torch.bfloat16, enabled=fast):
             leaves = pytree.tree_leaves(_Segments(self._stream.split, weights).run(*border.values()))
-        floating = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        return [leaf for leaf in floating if leaf.shape[-1] in self._vocabularies] or floating
+        floating = [
+            (node, leaf)
+            for node, leaf in zip(self._output_nodes, leaves, strict=True)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+        return [(node, leaf) for node, leaf in floating if leaf.shape[-1] in self._vocabularies] or floating
 
     def _float_weights(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         return {name: self._float[name] for name in names}
@@ -227,11 +244,11 @@ def _sequences(batch: Mapping[str, Any]) -> int:
     return max((len(value) for value in batch.values() if _has_rows(value)), default=1)
 
 
-def _divergence(output: Tensor, target: Tensor, masks: Mapping[str, Tensor]) -> tuple[float, Tensor]:
+def _divergence(output: Tensor, target: Tensor, counting: _Counting) -> tuple[float, Tensor]:
     """Return the mean `KL(p ‖ q)` over the positions that count, and its gradient at q's logits, `q − p`."""
     gradient = torch.empty_like(output, memory_format=torch.contiguous_format)
     logits, wanted = (one.reshape(-1, one.shape[-1]) for one in (output, target))
-    counts = unmasked(torch.ones_like(output[..., :1], dtype=torch.float32), masks).reshape(-1)
+    counts = counting(torch.ones_like(output[..., :1], dtype=torch.float32)).reshape(-1)
     counts = counts / counts.sum().clamp(min=1.0)
     flat, total = gradient.view(logits.shape), 0.0
     step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
@@ -239,15 +256,17 @@ def _divergence(output: Tensor, target: Tensor, masks: Mapping[str, Tensor]) -> 
         part = slice(first, first + step)
         log_q, log_p = (one[part].float().log_softmax(-1) for one in (logits, wanted))
         p = log_p.exp()
-        total += torch.linalg.vecdot(p, log_p.sub_(log_q)).dot(counts[part]).item()
+        # A logit of minus infinity in both is no difference.
+        difference = log_p.sub_(log_q).masked_fill_(p == 0, 0.0)
+        total += torch.linalg.vecdot(p, difference).dot(counts[part]).item()
         flat[part] = log_q.exp_().sub_(p).mul_(counts[part, None])
     return total, gradient
 
 
-def _relative(output: Tensor, target: Tensor, masks: Mapping[str, Tensor]) -> tuple[float, Tensor]:
+def _relative(output: Tensor, target: Tensor, counting: _Counting) -> tuple[float, Tensor]:
     """Return the mean relative squared error of rows, and its gradient."""
     with torch.enable_grad():
         leaf = output.detach().requires_grad_()
-        loss = relative_distance(unmasked(leaf, masks), unmasked(target, masks))
+        loss = relative_distance(counting(leaf), counting(target))
         (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.item(), gradient

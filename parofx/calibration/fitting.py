@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from parofx import affine, rotation
 from parofx.calibration.feedback import RoundedWeight, damped, output_error, round_with_feedback
@@ -56,6 +58,11 @@ class FittedTransform:
     def angle_rms(self) -> float:
         """Root mean square of the angles, radians."""
         return float(self.theta.float().square().mean().sqrt()) if self.theta.numel() else 0.0
+
+    def to(self, device: torch.device | str) -> FittedTransform:
+        """Return it with its tensors on a device."""
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        return FittedTransform(**pytree.tree_map_only(Tensor, lambda one: one.to(device), values))
 
     def weight(self, index: int) -> Tensor | None:
         """Return what a linear's weight was rounded to, fp32 `(N, K)` in the unrotated space; None where it stays."""

@@ -51,9 +51,14 @@ class RowMask:
 
     def select(self, value: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
         """Return the rows `(M, K)` of a value that count; `masks` are those of its batch, by name."""
+        return value[self.counting(value, masks)]
+
+    def counting(self, value: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+        """Return which rows of a value `(…, K)` count, bool `(…)`."""
         mask = masks[self.mask].to(device=value.device, dtype=torch.bool)
         mask = mask.t() if self.transposed else mask
-        return value.reshape(*mask.shape, -1, value.shape[-1])[mask].reshape(-1, value.shape[-1])
+        rows = value.shape[:-1]
+        return mask[..., None].expand(*mask.shape, rows.numel() // max(mask.numel(), 1)).reshape(rows)
 
 
 @dataclass(frozen=True)

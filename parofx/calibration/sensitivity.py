@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from parofx.calibration.row_masks import select_rows
+from parofx.calibration.row_masks import row_mask_of, select_rows
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.stream import BlockStream, bind_inputs
 from parofx.passes.graph import FAKE_QUANTIZE, LINEAR, ROTATE
@@ -121,13 +121,14 @@ def measure_sensitivities(
 
         with torch.enable_grad():
             outputs = _Checkpointed(stream.split, record).run(*border.values())
-            leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-            logits = [leaf for leaf in leaves if leaf.shape[-1] in vocabularies]
+            leaves = zip(output_nodes(gm), pytree.tree_leaves(outputs), strict=True)
+            trained = [(node, leaf) for node, leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+            logits = [(node, leaf) for node, leaf in trained if leaf.shape[-1] in vocabularies]
             score = _token_score if logits else _normal_score
-            chosen = logits or leaves
+            chosen = logits or trained
             if chosen:
-                scores = [unmasked(score(leaf.detach(), generator), masks) for leaf in chosen]
-                torch.autograd.backward(chosen, scores)
+                scores = [unmasked(node, score(leaf.detach(), generator), masks) for node, leaf in chosen]
+                torch.autograd.backward([leaf for _, leaf in chosen], scores)
     return found
 
 
@@ -157,10 +158,15 @@ def _rows(value: Any, rows: slice, size: int) -> Any:
     return value[rows] if alike else value
 
 
-def unmasked(score: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-    """Return a score without the rows `(batch, sequence)` that the one mask of its shape leaves out."""
-    fitting = [mask for mask in masks.values() if mask.shape == score.shape[:2]]
-    return score * fitting[0][..., None].to(score) if len(fitting) == 1 else score
+def output_nodes(gm: GraphModule) -> list[Any]:
+    """Return what a graph returns, leaf by leaf: nodes, or constants."""
+    return pytree.tree_leaves(gm.graph.output_node().args[0])
+
+
+def unmasked(node: Node, score: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    """Return a score of a node's value, with zeros in the rows that its mask leaves out."""
+    mask = row_mask_of(node)
+    return score if mask is None else score * mask.counting(score, masks)[..., None]
 
 
 def _token_score(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -35,6 +35,7 @@ class BlockStream:
         masks.annotate(gm)
         #: A graph of one sub-graph per segment.
         self.split = split_at_blocks(gm, gm.meta.get("parofx_blocks", ()))
+        _take_no_gradients(self.split)
         # Nobody asks for the model's outputs, so that being one of them keeps no value alive.
         nodes = [node for node in self.split.graph.nodes if node.op != "output"]
         self.segments: tuple[str, ...] = tuple(str(node.target) for node in nodes if node.op == "call_module")
@@ -119,6 +120,15 @@ class _Recorder(Interpreter):
                 self._record(name, select_rows(n, value, self._masks))
             return value
         return super().run_node(n)
+
+
+def _take_no_gradients(split: GraphModule) -> None:
+    """Hold the model's tensors detached: what is trained is handed in, and a backward must leave the model as it is."""
+    for module in split.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                module.register_buffer(name, parameter.detach())
 
 
 def _check_inputs(gm: GraphModule, masks: RowMasks, batches: Sequence[Border]) -> None:

@@ -155,13 +155,31 @@ def test_how_many_run_at_a_time_changes_nothing(llama, monkeypatch):
         for tensor in tensors:
             tensor.requires_grad_(True)
         with torch.enable_grad():
-            for index in range(distiller._step):
-                distiller._accumulate(trained, index, 1 / distiller._step)
+            for index in distiller._steps[0]:
+                distiller._accumulate(trained, index, 1 / len(distiller._steps[0]))
         with torch.no_grad():
             found.append((distiller._held_out_loss(trained), torch.cat([one.grad.flatten() for one in tensors])))
     (loss, gradients), (apart, added) = found
     assert loss == pytest.approx(apart, rel=1e-5)
     torch.testing.assert_close(gradients, added, rtol=1e-3, atol=1e-6)
+
+
+def test_a_mask_of_other_rows_leaves_none_out():
+    class Decoder(graphs.Stack):
+        """A decoder's output has the encoder's shape, not its mask."""
+
+        def forward(self, x: Tensor, attention_mask: Tensor, decoder_x: Tensor) -> Tensor:
+            encoded = (x * attention_mask[..., None]).mean(1, keepdim=True)
+            return super().forward(decoder_x) + encoded
+
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    example = {"x": graphs.rows(2, 7, 64), "attention_mask": torch.ones(2, 7), "decoder_x": graphs.rows(2, 5, 64)}
+    one = {"x": graphs.rows(2, 5, 64, seed=1), "attention_mask": mask, "decoder_x": graphs.rows(2, 5, 64, seed=2)}
+    model = Model(Decoder(1).eval(), [example, one], settings())
+    trained, _ = with_fixed_codes(model.transforms, model.fits)
+    with torch.no_grad():
+        _, _, (gradient,) = model.distiller(distill_batch_size=2)._compare(trained, 1)
+    assert (gradient.abs().sum(-1) > 0).all()
 
 
 def test_rows_of_padding_do_not_count():
@@ -209,9 +227,19 @@ def test_a_divergence_is_summed_in_parts(monkeypatch):
     expected = ((p.exp() * (p - q)).sum(-1) * mask).sum() / mask.sum()
     expected.backward()
     monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 14)
-    loss, gradient = distillation._divergence(output, target, {"attention_mask": mask})
+    loss, gradient = distillation._divergence(output, target, lambda rows: rows * mask[..., None])
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_logits_that_are_minus_infinity_add_nothing():
+    output, target = (torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    expected, gradient = distillation._divergence(output, target, lambda rows: rows)
+    never = torch.full((1, 4, 2), -torch.inf)
+    both = (torch.cat([one, never], -1) for one in (output, target))
+    loss, wider = distillation._divergence(*both, lambda rows: rows)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(wider, torch.cat([gradient, torch.zeros_like(never)], -1))
 
 
 def test_quantize_reports_it_and_resumes_before_it(tmp_path):

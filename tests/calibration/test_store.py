@@ -1,7 +1,9 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
@@ -47,6 +49,14 @@ def test_fits_come_back_bit_for_bit(tmp_path):
     loaded = unpack_fits(tensors)
     assert loaded.keys() == fits.keys()
     assert all(same(loaded[name], fits[name]) for name in fits)
+
+
+def test_fits_go_where_the_model_is():
+    moved = replace(fitted(feedback=True), corrections=((torch.ones(8, 1), torch.ones(1, 32)),) * 2).to("meta")
+    tensors = [*pytree.tree_leaves(list(vars(moved).values()))]
+    assert {one.device.type for one in tensors if isinstance(one, torch.Tensor)} == {"meta"}
+    assert sum(isinstance(one, torch.Tensor) for one in tensors) == 3 + 2 * 2 + 2 + 2 * 2
+    assert fitted().to("cpu").codes is None
 
 
 def test_a_segment_without_transforms(tmp_path):
