@@ -200,17 +200,14 @@ constexpr int64_t kRowsForBf16 = 12;
 // From so many rows on, bf16 weights are scaled and rounded when they are decoded.
 constexpr int64_t kRowsForScaled = 64;
 
-bool is_scaled(const Activation& activation) {
-  return activation.format == Format::bf16 && activation.rows >= kRowsForScaled;
-}
-
 Format choose_format(DType dtype, bool dynamic_int8, int64_t rows, int bits) {
   if (dynamic_int8) return Format::int8;
-  return dtype == DType::bf16 && rows >= kRowsForBf16 && bits != 8 ? Format::bf16 : Format::int24;
+  if (dtype != DType::bf16 || rows < kRowsForBf16 || bits == 8) return Format::int24;
+  return rows < kRowsForScaled ? Format::bf16 : Format::bf16_tiles;
 }
 
 Blocking blocking(const Activation& activation) {
-  return is_scaled(activation) ? scaled_blocking(activation) : all_groups(activation);
+  return activation.format == Format::bf16_tiles ? scaled_blocking(activation) : all_groups(activation);
 }
 
 void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end) {
@@ -219,7 +216,7 @@ void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t ro
 
 void multiply(const MultiplyJob& job) {
   const Format format = job.activation->format;
-  if (is_scaled(*job.activation)) return multiply_scaled(job);
+  if (format == Format::bf16_tiles) return multiply_scaled(job);
   if (format == Format::bf16) return multiply_with_tiles<Bf16Tiles>(job);
   if (job.row_count < (format == Format::int8 ? kRowsForInt8 : kRowsForInt24)) return kAvx512Bf16Kernels.multiply(job);
   if (job.bits == 8) return multiply_with_tiles<ByteTiles>(job);

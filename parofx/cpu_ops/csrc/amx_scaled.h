@@ -13,9 +13,6 @@
 namespace parofx {
 namespace {
 
-constexpr int kTileRows = 16;
-constexpr int kTileWords = 16; // 32-bit words in a tile's row
-
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;
@@ -48,7 +45,7 @@ constexpr int kSliceChannels = 256;
 static_assert(kSliceChannels / 2 * kBlockColumns <= kUnpackedWords);
 
 // Activations of one part take half a megabyte, a quarter of the smallest L2 cache beside AMX.
-Blocking scaled_blocking(const Activation& activation) { return {256, 1024 / activation.group_size}; }
+Blocking scaled_blocking(const Activation& activation) { return {256, 2 * kTileRows, 1024 / activation.group_size}; }
 
 // Decodes one group of a block: rows of 32 pairs of channels.
 void decode_scaled(const MultiplyJob& job, int64_t group, uint32_t* out) {
@@ -91,8 +88,8 @@ void multiply_slice(
     float* out) {
   constexpr int64_t line_bytes = kBlockColumns * sizeof(uint32_t); // of weights and of outputs
   constexpr int64_t below = kTileRows * kBlockColumns;
+  constexpr int64_t tile_line = kTileWords * sizeof(uint32_t);
   const int64_t row_words = activation.row_words();
-  const int64_t row_bytes = row_words * sizeof(uint32_t);
   // gcc does not know that tile loads read memory.
   __asm__ volatile("" ::: "memory");
   if (group_begin == 0) {
@@ -113,11 +110,11 @@ void multiply_slice(
     for (int64_t word = 0; word < row_words; word += kTileWords, weights += kTileWords * kBlockColumns) {
       _tile_loadd(6, weights, line_bytes);
       _tile_loadd(7, weights + kTileWords, line_bytes);
-      _tile_loadd(4, x + word, row_bytes);
+      _tile_loadd(4, x + word * kTileRows, tile_line);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (kPair) {
-        _tile_loadd(5, x + kTileRows * row_words + word, row_bytes);
+        _tile_loadd(5, x + (row_words + word) * kTileRows, tile_line);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }

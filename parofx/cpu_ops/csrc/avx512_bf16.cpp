@@ -21,7 +21,8 @@ void finish_bf16(const float* row, int group_size, uint32_t* words, float* scale
 struct Avx512Bf16 : Avx512Base {
   static auto finish(Format format) {
     switch (format) {
-      case Format::bf16: return finish_bf16;
+      case Format::bf16:
+      case Format::bf16_tiles: return finish_bf16;
       case Format::int8: return finish_integer<Simd, Format::int8>;
       default: return finish_integer<Simd, Format::int24>;
     }

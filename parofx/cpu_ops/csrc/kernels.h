@@ -14,17 +14,24 @@ enum class DType { f32, bf16, f16 };
 // of a chunk of 8 channels meets the weight codes that the same kernel decodes in step s:
 //   f32   8 words a chunk, word j = channel j
 //   bf16  4 words a chunk, word j = channels (j, j+4)
+//   bf16_tiles  as bf16, but kTileRows rows lie together, in tiles of kTileWords words of each of them
 //   int8  2 words a chunk, word j = channels (j, j+2, j+4, j+6), symmetric, one scale per (row, group)
 //   int24 as int8, but a run for each of three digits, so that the step is 2^-16 as large: at most 2^-24 of the
 //         group's largest value is lost, which is what fp32 sums lose, and products are those of int8
-enum class Format { f32, bf16, int8, int24 };
+enum class Format { f32, bf16, bf16_tiles, int8, int24 };
 
 // Runs ("planes") of a row, the most significant first; each counts kPlaneBase times the next.
 constexpr int planes_of(Format format) { return format == Format::int24 ? 3 : 1; }
 constexpr float kPlaneBase = 256.0f;
 
-constexpr int words_per_plane(Format format) { return format == Format::f32 ? 8 : format == Format::bf16 ? 4 : 2; }
+constexpr int words_per_plane(Format format) {
+  if (format == Format::f32) return 8;
+  return format == Format::bf16 || format == Format::bf16_tiles ? 4 : 2;
+}
 constexpr int words_per_chunk(Format format) { return planes_of(format) * words_per_plane(format); }
+
+constexpr int kTileRows = 16;
+constexpr int kTileWords = 16;
 
 // Kernels may read, and ignore, as many rows past the last; `MultiplyJob::tile` has room for as many more.
 constexpr int kPaddingRows = 32;
@@ -43,6 +50,10 @@ struct Activation {
   int64_t row_words() const { return group_size / kChunk * words_per_chunk(format); }
   int64_t row_index(int64_t group, int64_t row) const { return group * rows + row; }
   uint32_t* row(int64_t group, int64_t row) const { return words + row_index(group, row) * row_words(); }
+  // bf16_tiles: where words `word`.. of `row` are; `rows` is a multiple of kTileRows, `word` of kTileWords.
+  uint32_t* in_tile(int64_t group, int64_t row, int64_t word) const {
+    return this->row(group, row / kTileRows * kTileRows) + word * kTileRows + row % kTileRows * kTileWords;
+  }
 };
 
 // The lower half of a low-rank correction: what a linear projects rotated activations on, group by group.
@@ -77,11 +88,12 @@ constexpr int64_t kUnpackedWords = int64_t{kBlockColumns} * kMaxGroupSize;
 // cache meanwhile: at most so many rows, and groups.
 struct Blocking {
   int64_t rows;
+  int64_t row_multiple; // of which parts consist, but for the last
   int64_t groups;
 };
 
 // 256 rows of fp32 outputs (32 KiB) stay in the L1 cache beside an unpacked group.
-inline Blocking all_groups(const Activation& activation) { return {256, activation.groups}; }
+inline Blocking all_groups(const Activation& activation) { return {256, 1, activation.groups}; }
 
 struct MultiplyJob {
   const Activation* activation;

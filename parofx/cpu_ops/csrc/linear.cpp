@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 // Blocks that take turns where one part of the activations follows another: their fp32 outputs stay in the L2 cache.
-constexpr int64_t kStripBlocks = 32;
+constexpr int64_t kStripBlocks = 16;
 // Fewer rows than this are not worth decoding a block for.
 constexpr int64_t kSmallestPanel = 24;
 // Multiply-adds that are worth one more thread (about 2 µs of work).
@@ -85,12 +85,15 @@ class Run {
     }
     threads_ = choose_threads(threads);
     const Format format = kernels_.format(call.dtype, call.dynamic_int8, call.rows, call.bits);
-    activation_ = {format, call.group_size, call.rows, groups_, nullptr, nullptr, nullptr};
+    const int64_t multiple = format == Format::bf16_tiles ? kTileRows : 1;
+    activation_ = {format, call.group_size, ceil_div(call.rows, multiple) * multiple, groups_, nullptr, nullptr, nullptr};
     const Blocking blocking = kernels_.blocking(activation_);
+    row_multiple_ = blocking.row_multiple;
     groups_at_once_ = blocking.groups;
     strip_blocks_ = blocking.groups < groups_ ? kStripBlocks : 1;
     row_panels_ = std::max<int64_t>(1, choose_row_panels(blocking.rows));
-    tile_floats_ = (ceil_div(call.rows, row_panels_) + kPaddingRows) * kBlockColumns;
+    panel_rows_ = ceil_div(ceil_div(call.rows, row_multiple_), row_panels_) * row_multiple_;
+    tile_floats_ = (panel_rows_ + kPaddingRows) * kBlockColumns;
     Carver measure(nullptr);
     carve(measure);
     memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, std::max(measure.used(), kAlignment))));
@@ -116,17 +119,17 @@ class Run {
     return static_cast<int>(std::clamp<int64_t>(work / kWorkPerThread, 1, threads));
   }
 
-  // Equal panels; more of them where there are too few blocks to occupy every thread.
+  // Nearly equal panels; more of them where there are too few blocks to occupy every thread.
   int64_t choose_row_panels(int64_t most_rows) const {
     const int64_t wanted = ceil_div(4 * threads_, blocks_);
-    return std::max(ceil_div(call_.rows, most_rows), std::min(wanted, call_.rows / kSmallestPanel));
+    return std::max(ceil_div(call_.rows, most_rows), std::min(wanted, call_.rows / std::max(kSmallestPanel, row_multiple_)));
   }
 
   void carve(Carver& carver) {
     activations_.clear();
     for (size_t i = 0; i < call_.rotations.size(); ++i) {
       Activation activation = activation_;
-      const int64_t count = groups_ * call_.rows;
+      const int64_t count = groups_ * activation.rows;
       activation.words = carver.take<uint32_t>((count + kPaddingRows) * activation.row_words());
       activation.scale = carver.take<float>(count);
       activation.sum = carver.take<float>(count);
@@ -135,7 +138,7 @@ class Run {
     projections_.assign(call_.rotations.size(), {});
     projected_.clear();
     for (const Linear& linear : call_.linears) {
-      projected_.push_back(carver.take<float>(groups_ * call_.rows * linear.rank));
+      projected_.push_back(carver.take<float>(groups_ * activation_.rows * linear.rank));
       if (linear.rank == 0) continue;
       projections_[linear.rotation].push_back({linear.down, call_.in_features, linear.rank, projected_.back()});
     }
@@ -147,7 +150,7 @@ class Run {
       space.unpacked = carver.take<uint32_t>(kUnpackedWords);
       space.nibbles = carver.take<uint8_t>(call_.bits == 3 ? kBlockColumns / 2 * int64_t{call_.group_size} : 0);
       space.bias = carver.take<float>(kBlockColumns);
-      space.sums = carver.take<float>(ceil_div(call_.rows, row_panels_) * highest_rank_);
+      space.sums = carver.take<float>(panel_rows_ * highest_rank_);
       space.up = carver.take<uint16_t>(int64_t{kBlockColumns} * highest_rank_);
       space.weight = carver.take<uint8_t>(tail * call_.group_size * call_.bits / 8);
       space.scales = carver.take<uint16_t>(tail);
@@ -197,8 +200,9 @@ class Run {
     const int64_t column = (block - first_block_[which]) * kBlockColumns;
     const int columns = static_cast<int>(std::min<int64_t>(kBlockColumns, linear.out_features - column));
     const int64_t panel = unit / blocks_;
-    const int64_t row = call_.rows * panel / row_panels_;
-    return {&linear, column, columns, panel, row, call_.rows * (panel + 1) / row_panels_ - row};
+    const int64_t multiples = ceil_div(call_.rows, row_multiple_);
+    const auto first_row = [&](int64_t of) { return std::min(multiples * of / row_panels_ * row_multiple_, call_.rows); };
+    return {&linear, column, columns, panel, first_row(panel), first_row(panel + 1) - first_row(panel)};
   }
 
   void multiply_part(const Place& place, int64_t group, float* tile, const Workspace& space) const {
@@ -240,7 +244,7 @@ class Run {
     const int64_t count = place.rows * linear.rank;
     std::memset(space.sums, 0, sizeof(float) * count);
     for (int64_t group = 0; group < groups_; ++group) {
-      const float* parts = projected_[&linear - call_.linears.data()] + (group * call_.rows + place.row) * linear.rank;
+      const float* parts = projected_[&linear - call_.linears.data()] + (group * activation_.rows + place.row) * linear.rank;
       for (int64_t i = 0; i < count; ++i) space.sums[i] += parts[i];
     }
   }
@@ -275,6 +279,8 @@ class Run {
   int64_t groups_at_once_ = 0;
   int64_t strip_blocks_ = 1;
   int64_t row_panels_ = 1;
+  int64_t row_multiple_ = 1;
+  int64_t panel_rows_ = 0; // at most
   int64_t tile_floats_ = 0;
   std::unique_ptr<uint8_t, FreeDeleter> memory_;
   std::vector<Activation> activations_;

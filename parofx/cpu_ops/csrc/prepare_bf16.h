@@ -65,7 +65,7 @@ const float* rotate_vectors(float* now, float* next, const GroupRotation& rotati
   return now;
 }
 
-// Rounds 16 rows to the words of Format::bf16, in the channels' own order, which `source` restores.
+// Rounds 16 rows to the words of their format, in the channels' own order, which `source` restores.
 void store_transposed(
     const PrepareJob& job, int64_t group, int64_t row, int rows, const uint8_t* source, int stride, const float* from) {
   constexpr int steps = words_per_plane(Format::bf16);
@@ -82,7 +82,10 @@ void store_transposed(
       words[i] = Simd512::floats(_mm512_or_si512(first, high));
     }
     Simd512::transpose(words);
-    for (int i = 0; i < rows; ++i) _mm512_storeu_ps(job.out.row(group, row + i) + begin, words[i]);
+    for (int i = 0; i < rows; ++i) {
+      const bool tiles = job.out.format == Format::bf16_tiles;
+      _mm512_storeu_ps(tiles ? job.out.in_tile(group, row + i, begin) : job.out.row(group, row + i) + begin, words[i]);
+    }
   }
   const __mmask16 present = static_cast<__mmask16>((1u << rows) - 1);
   const int64_t index = job.out.row_index(group, row);
@@ -114,7 +117,8 @@ void prepare_vectors(const PrepareJob& job, int64_t group, int64_t row_begin, in
 
 // Whether prepare_bf16 serves; few rows are faster one by one, and it leaves no rotated floats to project.
 bool is_bf16_throughout(const PrepareJob& job) {
-  return job.dtype == DType::bf16 && job.out.format == Format::bf16 && job.rounds > 0 && job.projection_count == 0;
+  const bool to_bf16 = job.out.format == Format::bf16 || job.out.format == Format::bf16_tiles;
+  return job.dtype == DType::bf16 && to_bf16 && job.rounds > 0 && job.projection_count == 0;
 }
 
 // Prepares up to kRowsAtOnce rows.

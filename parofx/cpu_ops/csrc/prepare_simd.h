@@ -202,10 +202,15 @@ void prepare(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t ro
   }
   project<Simd>(job, group, row_begin, rows, rows > Isa::kRowsOneByOne, v);
   const auto finish = Isa::finish(job.out.format);
+  alignas(64) uint32_t line[kMaxGroupSize / 2]; // of Format::bf16_tiles
   for (int row = 0; row < rows; ++row) {
     const int64_t index = job.out.row_index(group, row_begin + row);
-    finish(v + row * group_size, group_size, job.out.row(group, row_begin + row), job.out.scale + index,
-        job.out.sum + index);
+    uint32_t* words = job.out.format == Format::bf16_tiles ? line : job.out.row(group, row_begin + row);
+    finish(v + row * group_size, group_size, words, job.out.scale + index, job.out.sum + index);
+    if (words != line) continue;
+    for (int64_t word = 0; word < job.out.row_words(); word += kTileWords) {
+      std::memcpy(job.out.in_tile(group, row_begin + row, word), line + word, kTileWords * sizeof(uint32_t));
+    }
   }
 }
 
