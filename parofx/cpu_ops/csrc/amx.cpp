@@ -199,10 +199,13 @@ constexpr int64_t kRowsForInt24 = 2;
 constexpr int64_t kRowsForBf16 = 12;
 // From so many rows on, bf16 weights are scaled and rounded when they are decoded.
 constexpr int64_t kRowsForScaled = 64;
+// From so many, that is faster than int8, whose sums have to be scaled.
+constexpr int64_t kRowsBeyondInt8 = 256;
 
 Format choose_format(DType dtype, bool dynamic_int8, int64_t rows, int bits) {
-  if (dynamic_int8) return Format::int8;
-  if (dtype != DType::bf16 || rows < kRowsForBf16 || bits == 8) return Format::int24;
+  const bool is_bf16 = dtype == DType::bf16 && bits != 8;
+  if (dynamic_int8 && !(is_bf16 && rows >= kRowsBeyondInt8)) return Format::int8;
+  if (!is_bf16 || rows < kRowsForBf16) return Format::int24;
   return rows < kRowsForScaled ? Format::bf16 : Format::bf16_tiles;
 }
 
