@@ -122,6 +122,8 @@ def captured(
     if any(isinstance(module, ParoLinear) for module in model.modules()):
         raise ConfigError("the model holds ParoLinear modules already; parofx.dequantize(model) gives float ones back")
     _check_patterns(model, config)
+    if calibration is None:
+        _warn_of_training_without_data(config.calibration)
     batches = None if calibration is None else _batches(model, config, calibration, tokenizer)
     inputs = _example_inputs(model, example_inputs, batches)
     if batches is not None and isinstance(inputs, tuple):
@@ -156,6 +158,17 @@ def _check_patterns(model: nn.Module, config: ParoConfig) -> None:
                 f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}"
                 + (f"; the closest names are {', '.join(close)}" if close else "")
             )
+
+
+def _warn_of_training_without_data(config: CalibrationConfig) -> None:
+    stages = ("transform_epochs", "weight_epochs", "tune_epochs", "distill_epochs")
+    wanted = [f"{name}={getattr(config, name)}" for name in stages if getattr(config, name)]
+    if wanted and config.recipe != "data-free":
+        logger.warning(
+            "recipe %r trains on calibration data (%s), and none was given: weights alone decide; pass calibration=...",
+            config.recipe,
+            ", ".join(wanted),
+        )
 
 
 def _warn(report: QuantizationReport) -> None:

@@ -651,6 +651,14 @@ def test_a_model_in_which_nothing_qualifies_is_left_as_it_is(make, caplog):
     )
 
 
+@pytest.mark.parametrize(("recipe", "told"), [("best", "distill_epochs=3"), ("data-free", None), ("fast", None)])
+def test_stages_that_train_without_data_are_told(caplog, recipe, told):
+    parofx.plan_quantization(net(), ParoConfig(calibration=CalibrationConfig(recipe=recipe)), example_inputs=inputs())
+    messages = [message for message in caplog.messages if "weights alone decide" in message]
+    assert bool(messages) == (told is not None)
+    assert told is None or told in messages[0]
+
+
 def test_a_model_without_linears_has_nothing_to_quantize(caplog):
     assert quantize(nn.Sequential(nn.ReLU()), example_inputs=inputs()).kept_float == ()
     assert caplog.messages[-1] == "nothing was quantized, and the model is as it was: no linears"
