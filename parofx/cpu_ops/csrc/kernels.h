@@ -82,6 +82,11 @@ struct Block {
   const uint8_t* zeros;
 };
 
+// How far ahead of the reader weights are fetched, into the L2 cache and then into the L1 cache. Few misses of the L1
+// cache can wait for memory at a time; more can where they only wait for L2.
+constexpr int kPrefetchBytes = 4096;
+constexpr int kNearBytes = 1024;
+
 constexpr int64_t kUnpackedWords = int64_t{kBlockColumns} * kMaxGroupSize;
 
 // How much of the activations one block after the other meets before the next part's turn, so that it stays in the

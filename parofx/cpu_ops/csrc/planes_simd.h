@@ -7,9 +7,6 @@
 namespace parofx {
 namespace {
 
-// How far ahead of the reader the weights are fetched.
-constexpr int kPrefetchBytes = 4096;
-
 template <class Simd, int kPart>
 [[gnu::always_inline]] inline typename Simd::Int nibbles_of(typename Simd::Int low, typename Simd::Int high) {
   // Two bits per nibble of the odd chunk are above those of the even one; bit kPart of a nibble becomes bit 2.

@@ -91,8 +91,12 @@ struct Simd512 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(v), order));
   }
 
+  // Fetches what lies kPrefetchBytes ahead of the reader, as weights do that are read from front to back.
   // Forced inline: gcc deems a function that only prefetches free of effects and drops its calls.
-  [[gnu::always_inline]] static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  [[gnu::always_inline]] static void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T2);
+    _mm_prefetch(static_cast<const char*>(p) - kPrefetchBytes + kNearBytes, _MM_HINT_T0);
+  }
 
   static void transpose(Float (&r)[16]) {
     Float t[16];
