@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks import _ggml
 from benchmarks._cpu_peers import PEERS, Call, Codes, Peer, output_of
 from parofx import cpu_ops, rotation
 
@@ -45,6 +46,9 @@ def main() -> None:
     missing = {peer.name: peer.missing() for peer in PEERS if peer.missing()}
     for name, pip in missing.items():
         print(f"absent: {name} ({pip})")
+    ggml = None if any(name.startswith("ggml") for name in missing) else _ggml.describe()
+    if ggml:
+        print(ggml)
     rows = []
     for shape in options.shape:
         in_features, out_features = map(int, shape.split("x"))
@@ -55,6 +59,7 @@ def main() -> None:
         "threads": options.threads,
         "weights_mib": options.weights_mib,
         "absent": missing,
+        "ggml": ggml,
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
