@@ -49,9 +49,13 @@ class Peer:
     bind: Callable[[Any, Tensor, int], Call]
     clone: Callable[[Any], Any]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    #: Returns what to do where being installed is not enough, or None.
+    why_not: Callable[[], str | None] | None = None
 
     def missing(self) -> str | None:
         """Return the pip line of what is not installed, or None."""
+        if self.why_not is not None:
+            return self.why_not()
         if self.package is None or importlib.util.find_spec(self.package) is not None:
             return None
         return self.pip
@@ -196,11 +200,12 @@ PEERS = (
     *(
         Peer(
             f"ggml {kind}",
-            "llama_cpp",
-            "pip install llama-cpp-python",
+            None,
+            "",
             partial(_ggml_weight, kind=kind),
             _ggml.Linear,
             _ggml.Weight.clone,
+            why_not=_ggml.why_not,
         )
         for kind in ("Q4_0", "Q4_K")
     ),

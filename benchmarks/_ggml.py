@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import subprocess
 import sys
 import weakref
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,10 +95,33 @@ def _backend() -> int:
     return _ggml().ggml_backend_cpu_init()  # type: ignore[no-any-return]
 
 
-def _procedure(name: bytes, result: object, *arguments: object) -> ctypes._CFuncPtr:
+def _procedure(name: bytes, result: Any, *arguments: Any) -> Any:
     registry = _ggml().ggml_backend_dev_backend_reg(_ggml().ggml_backend_get_device(_backend()))
     address = _ggml().ggml_backend_reg_get_proc_address(registry, name)
-    return ctypes.CFUNCTYPE(result, *arguments)(address)  # type: ignore[arg-type]
+    return ctypes.CFUNCTYPE(result, *arguments)(address)
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Return what to do for a ggml that works, or None.
+
+    Compiled by GCC 12.2, its AMX kernels end the process: to that compiler `_tile_loadconfig` reads 8 of the 64 bytes,
+    and what fills the others is removed as dead.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        return "pip install llama-cpp-python"
+    command = [sys.executable, "-c", "from benchmarks import _ggml; _ggml.try_out()"]
+    if subprocess.run(command, cwd=Path(__file__).parents[1], check=False).returncode == 0:
+        return None
+    return (
+        "it ends the process; compile it anew: CXXFLAGS='-fno-dse -fno-tree-dse' "
+        "pip install --force-reinstall --no-cache-dir llama-cpp-python"
+    )
+
+
+def try_out() -> None:
+    """Multiply two rows, which AMX does where there is AMX."""
+    Linear(Weight(quantize(torch.ones(32, 256), "Q4_0"), "Q4_0", 256), torch.ones(2, 256), 1)()
 
 
 def describe() -> str:

@@ -6,7 +6,8 @@ All paths run in one process, in turn; weights are distinct and together larger 
 decoding reads memory. In every round the read bandwidth is measured too, by a sum, which can fall short of what the
 memory gives: then shares exceed 100 %. Rounds in which it fell by a fifth were disturbed by something else on the
 machine and are left out of the medians. Errors are relative to fp64 on the same codes, each path in its own
-coordinates. Results go to benchmarks/results/cpu_linear.json; --plot also draws them.
+coordinates; ggml, whose formats cannot hold the codes, quantizes anew. Results go to
+benchmarks/results/cpu_linear.json; --plot also draws them.
 """
 
 from __future__ import annotations

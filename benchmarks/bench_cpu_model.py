@@ -34,6 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks import _ggml
+
 RESULTS = Path(__file__).parent / "results"
 #: Published shapes: arguments of the configuration classes.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,8 +79,8 @@ VARIANTS = (
     Variant("parofx, quantized head", {"lm_head": 4}),
     Variant("parofx int8, quantized head", {"lm_head": 4}, "int8"),
     Variant("parofx, 8-bit head", {"lm_head": 8}),
-    Variant("llama.cpp Q4_0, 6-bit head", package="llama_cpp", ggml="Q4_0"),
-    Variant("llama.cpp Q4_K, 6-bit head", package="llama_cpp", ggml="Q4_K"),
+    Variant("llama.cpp Q4_0, 6-bit head", ggml="Q4_0"),
+    Variant("llama.cpp Q4_K, 6-bit head", ggml="Q4_K"),
 )
 
 
@@ -121,8 +123,8 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for variant in VARIANTS:
         if variant.name not in options.variant:
             continue
-        if variant.package and importlib.util.find_spec(variant.package) is None:
-            print(f"absent: {variant.name} (pip install {variant.package.replace('_', '-')})")
+        if missing := _missing(variant):
+            print(f"absent: {variant.name} ({missing})")
             continue
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, name, variant, options))
@@ -158,6 +160,15 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             row[f"{phase}_ratio"] = row[key] / first[key]
     _print(name, rows)
     return rows
+
+
+def _missing(variant: Variant) -> str | None:
+    """Return how to get what is not installed, or None."""
+    if variant.ggml:
+        return _ggml.why_not()
+    if variant.package and importlib.util.find_spec(variant.package) is None:
+        return f"pip install {variant.package}"
+    return None
 
 
 def _serve(connection: Connection, name: str, variant: Variant, options: argparse.Namespace) -> None:
