@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks import _ggml
 
 #: `layer()`: computes one layer's output from the input that was bound when it was made.
 Call = Callable[[], Any]
@@ -46,9 +49,13 @@ class Peer:
     bind: Callable[[Any, Tensor, int], Call]
     clone: Callable[[Any], Any]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    #: Returns what to do where being installed is not enough, or None.
+    why_not: Callable[[], str | None] | None = None
 
     def missing(self) -> str | None:
         """Return the pip line of what is not installed, or None."""
+        if self.why_not is not None:
+            return self.why_not()
         if self.package is None or importlib.util.find_spec(self.package) is not None:
             return None
         return self.pip
@@ -165,6 +172,11 @@ def _openvino_linear(model: Any, x: Tensor, threads: int) -> Call:
     return call
 
 
+def _ggml_weight(weight: Codes, kind: str) -> _ggml.Weight:
+    """Quantize anew: its blocks of 32 have 6-bit scales and minima (Q4_K) or no zero points (Q4_0)."""
+    return _ggml.Weight(_ggml.quantize(weight.dense(torch.float32).t(), kind), kind, weight.codes.shape[0])
+
+
 def output_of(result: Any) -> Tensor:
     """Return what a call computed, as a tensor."""
     if isinstance(result, Tensor):
@@ -185,4 +197,16 @@ PEERS = (
     Peer("aten int4pack", None, "", _aten_pack, _aten_linear, lambda w: (w[0].clone(), w[1].clone(), w[2])),
     Peer("onnxruntime int8", "onnxruntime", "pip install onnx onnxruntime", _onnx_model, _onnx_linear, _same),
     Peer("openvino u4", "openvino", "pip install openvino", _openvino_model, _openvino_linear, lambda m: m.clone()),
+    *(
+        Peer(
+            f"ggml {kind}",
+            None,
+            "",
+            partial(_ggml_weight, kind=kind),
+            _ggml.Linear,
+            _ggml.Weight.clone,
+            why_not=_ggml.why_not,
+        )
+        for kind in ("Q4_0", "Q4_K")
+    ),
 )

@@ -6,7 +6,8 @@ All paths run in one process, in turn; weights are distinct and together larger 
 decoding reads memory. In every round the read bandwidth is measured too, by a sum, which can fall short of what the
 memory gives: then shares exceed 100 %. Rounds in which it fell by a fifth were disturbed by something else on the
 machine and are left out of the medians. Errors are relative to fp64 on the same codes, each path in its own
-coordinates. Results go to benchmarks/results/cpu_linear.json; --plot also draws them.
+coordinates; ggml, whose formats cannot hold the codes, quantizes anew. Results go to
+benchmarks/results/cpu_linear.json; --plot also draws them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks import _ggml
 from benchmarks._cpu_peers import PEERS, Call, Codes, Peer, output_of
 from parofx import cpu_ops, rotation
 
@@ -45,6 +47,9 @@ def main() -> None:
     missing = {peer.name: peer.missing() for peer in PEERS if peer.missing()}
     for name, pip in missing.items():
         print(f"absent: {name} ({pip})")
+    ggml = None if any(name.startswith("ggml") for name in missing) else _ggml.describe()
+    if ggml:
+        print(ggml)
     rows = []
     for shape in options.shape:
         in_features, out_features = map(int, shape.split("x"))
@@ -55,6 +60,7 @@ def main() -> None:
         "threads": options.threads,
         "weights_mib": options.weights_mib,
         "absent": missing,
+        "ggml": ggml,
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Prefill and decode of whole language models on CPU: bfloat16, torchao's int4, and parofx.
+"""Prefill and decode of whole language models on CPU: bfloat16, torchao's int4, llama.cpp, and parofx.
 
     python -m benchmarks.bench_cpu_model [--model qwen3-0.6b] [--layers 4] [--threads 1]
 
@@ -34,6 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks import _ggml
+
 RESULTS = Path(__file__).parent / "results"
 #: Published shapes: arguments of the configuration classes.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,12 +58,16 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """How a model is made ready; `config` are fields of `ParoConfig`, None where parofx has no part in it."""
+    """How a model is made ready; `config` are fields of `ParoConfig`, None where parofx has no part in it.
+
+    `ggml` is llama.cpp's type of the linears' weights, for what it runs itself.
+    """
 
     name: str
     config: dict[str, Any] | None = None
     activations: str = "float"
     package: str | None = None
+    ggml: str | None = None
 
 
 VARIANTS = (
@@ -73,6 +79,8 @@ VARIANTS = (
     Variant("parofx, quantized head", {"lm_head": 4}),
     Variant("parofx int8, quantized head", {"lm_head": 4}, "int8"),
     Variant("parofx, 8-bit head", {"lm_head": 8}),
+    Variant("llama.cpp Q4_0, 6-bit head", ggml="Q4_0"),
+    Variant("llama.cpp Q4_K, 6-bit head", ggml="Q4_K"),
 )
 
 
@@ -115,8 +123,8 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for variant in VARIANTS:
         if variant.name not in options.variant:
             continue
-        if variant.package and importlib.util.find_spec(variant.package) is None:
-            print(f"absent: {variant.name} (pip install {variant.package})")
+        if missing := _missing(variant):
+            print(f"absent: {variant.name} ({missing})")
             continue
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, name, variant, options))
@@ -154,11 +162,23 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
+def _missing(variant: Variant) -> str | None:
+    """Return how to get what is not installed, or None."""
+    if variant.ggml:
+        return _ggml.why_not()
+    if variant.package and importlib.util.find_spec(variant.package) is None:
+        return f"pip install {variant.package}"
+    return None
+
+
 def _serve(connection: Connection, name: str, variant: Variant, options: argparse.Namespace) -> None:
     """Make the model ready, compile it, then measure a round at every request."""
     torch.set_num_threads(options.threads)
     torch._dynamo.config.cache_size_limit = 64
     torch.manual_seed(0)
+    if variant.ggml:
+        _serve_llama_cpp(connection, name, variant.ggml, options)
+        return
     model = _random_model(name, options.layers)
     backend, compile_options = _prepare(model, variant)
     compiled = torch.compile(model, backend=backend, options=compile_options, dynamic=False)
@@ -169,14 +189,35 @@ def _serve(connection: Connection, name: str, variant: Variant, options: argpars
         connection.send(sum(each.nbytes for each in (*model.parameters(), *model.buffers())) / 2**20)
         while connection.recv():
             times = _round(compiled, model.config, prompt, options.tokens)
-            connection.send((*times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+            connection.send((*times, _peak_mib()))
+
+
+def _serve_llama_cpp(connection: Connection, name: str, kind: str, options: argparse.Namespace) -> None:
+    """The same for llama.cpp, which has a model and a cache of its own."""
+    from benchmarks._llama_cpp import Model
+
+    model = Model(_shape(name, options.layers), kind, options.prompt + options.tokens, options.threads)
+    prompt = torch.randint(0, 1000, (options.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    model.round(prompt, options.tokens)
+    connection.send(model.mib)
+    while connection.recv():
+        prefill, *gaps = model.round(prompt, options.tokens)
+        connection.send((prefill, statistics.median(gaps), _peak_mib()))
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _shape(name: str, layers: int | None) -> tuple[str, dict[str, Any]]:
+    kind, sizes = SHAPES[name]
+    return kind, sizes | ({"num_hidden_layers": layers} if layers else {})
 
 
 def _random_model(name: str, layers: int | None) -> Any:
     import transformers
 
-    kind, sizes = SHAPES[name]
-    sizes = sizes | ({"num_hidden_layers": layers} if layers else {})
+    kind, sizes = _shape(name, layers)
     config = getattr(transformers, kind)(**sizes)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

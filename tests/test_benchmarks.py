@@ -1,0 +1,64 @@
+"""The parts of the benchmarks that can be wrong without anybody noticing: what peers compute."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+
+import pytest
+import torch
+
+from benchmarks import _ggml, _tiles
+from benchmarks._cpu_peers import PEERS, Codes, output_of
+
+#: Relative errors: of blocks with 6-bit scales, and of blocks that have no zero point.
+_TOLERANCES = {"torch bf16": 5e-3, "aten int4pack": 5e-3, "ggml Q4_K": 3e-2, "ggml Q4_0": 8e-2}
+
+
+def _codes(in_features: int, out_features: int) -> Codes:
+    random = torch.Generator().manual_seed(0)
+    groups = in_features // 128
+    codes = torch.randint(0, 16, (in_features, out_features), generator=random, dtype=torch.uint8)
+    zeros = torch.randint(4, 12, (groups, out_features), generator=random, dtype=torch.uint8)
+    return Codes(codes, zeros, (0.01 + 0.01 * torch.rand(groups, out_features, generator=random)).half(), 128)
+
+
+@pytest.mark.parametrize("name", _TOLERANCES)
+@pytest.mark.parametrize("rows", [1, 7, 33])
+def test_a_peer_computes_the_product(name: str, rows: int) -> None:
+    peer = next(each for each in PEERS if each.name == name)
+    if peer.missing():
+        pytest.skip(f"absent: {peer.missing()}")
+    weight = _codes(512, 96)
+    x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = x.double() @ weight.dense(torch.float64)
+    # The copy is what the benchmark calls; others compute with AMX on the same threads in between.
+    call = peer.bind(peer.clone(peer.prepare(weight)), x, 1)
+    for _ in range(2):
+        difference = output_of(call()).double() - expected
+        assert float(difference.norm() / expected.norm()) < _TOLERANCES[name]
+        torch.nn.functional.linear(x.repeat(64, 1), x.repeat(64, 1))
+
+
+def test_a_ggml_that_ends_the_process_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    _ggml.why_not.cache_clear()
+    for code, expected in ((0, None), (-11, "it ends the process; compile it anew")):
+        monkeypatch.setattr(subprocess, "run", lambda *_, code=code, **__: subprocess.CompletedProcess([], code))
+        why_not = _ggml.why_not()
+        assert why_not is None if expected is None else why_not is not None and why_not.startswith(expected)
+        _ggml.why_not.cache_clear()
+
+
+def test_ggml_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    _ggml._ggml.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match="pip install llama-cpp-python"):
+        _ggml.describe()
+
+
+def test_tiles_are_configured_anew() -> None:
+    if not torch.cpu._init_amx():
+        pytest.skip("the processor has no AMX")
+    _tiles.restore(1)
+    assert _tiles.current() == _tiles.CONFIGURATION
