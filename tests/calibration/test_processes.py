@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import graphs
 import pytest
 import tiny
 import torch
@@ -20,34 +22,70 @@ from parofx.errors import ConfigError, DataError
 
 #: One process: its place among how many, the file they meet at, its output folder.
 PROCESS = """
-import sys, torch, torch.distributed as dist, tiny, parofx
+import sys, torch.distributed as dist
 from pathlib import Path
-from test_processes import CONFIGS, data, results
+from test_processes import CASES, quantized
 from safetensors.torch import save_file
 place, count, meeting, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=place, world_size=count)
-for name, config in CONFIGS.items():
-    model = tiny.model()
-    report = parofx.quantize(model, config, calibration=data(), progress=True)
-    save_file(results(model, report), folder / f"{name}-{place}.safetensors")
+for name in CASES:
+    save_file(quantized(name, progress=True), folder / f"{name}-{place}.safetensors")
 dist.destroy_process_group()
 """
 FAST = CalibrationConfig(steps=3, seqlen=16, samples=6, batch_size=1, validation_samples=2)
-CONFIGS = {
-    "feedback": ParoConfig(calibration=FAST),
-    # One of the processes gets one batch more, and none of them has all held-out ones.
-    "nearest": ParoConfig(
-        group_size=32, calibration=CalibrationConfig(steps=3, samples=5, batch_size=1, rounding="nearest")
-    ),
-    "budget": ParoConfig(group_size=32, krot=2, calibration=replace(FAST, bits_budget=6.0)),
-}
+TRAINED = replace(
+    FAST, autocast=False, transform_epochs=2, tune_epochs=2, distill_epochs=2, transform_learning_rate=1e-3
+)
 
 
 def data() -> torch.Tensor:
     return torch.randint(3, len(tiny.WORDS), (6, 16), generator=torch.Generator().manual_seed(0))
 
 
-def results(model: torch.nn.Module, report: parofx.QuantizationReport) -> dict[str, torch.Tensor]:
+def padded() -> list[dict[str, torch.Tensor]]:
+    """Return batches of three sequences: two processes have unequal parts of each, and unequally many tokens.
+
+    There are enough tokens for codes to be well determined: else rounding amplifies the order of sums.
+    """
+    ids = torch.randint(3, 512, (6, 64), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(64) < torch.tensor([64, 17, 33, 64, 9, 41])[:, None]).long()
+    return [{"input_ids": ids[part], "attention_mask": mask[part]} for part in (slice(0, 3), slice(3, 6))]
+
+
+def rows() -> list[torch.Tensor]:
+    """Return batches of two, of three, and of one sequence, of which one process has nothing."""
+    return [graphs.rows(count, 4, 64, seed=count) for count in (2, 3, 1, 2)]
+
+
+#: Name → the model, how it is quantized, the data.
+CASES = {
+    "feedback": (tiny.model, ParoConfig(calibration=FAST), data),
+    # One of the processes gets one batch more, and none of them has all held-out ones.
+    "nearest": (
+        tiny.model,
+        ParoConfig(group_size=32, calibration=CalibrationConfig(steps=3, samples=5, batch_size=1, rounding="nearest")),
+        data,
+    ),
+    "budget": (tiny.model, ParoConfig(group_size=32, krot=2, calibration=replace(FAST, bits_budget=6.0)), data),
+    "trained": (
+        partial(tiny.model, vocab_size=512), ParoConfig(bits=3, group_size=32, krot=2, calibration=TRAINED), padded
+    ),
+    "smooth": (
+        lambda: graphs.Stack(2).eval(),
+        ParoConfig(
+            group_size=32, krot=2,
+            calibration=replace(TRAINED, weight_epochs=2, rounding="nearest", block_loss="smooth_l1", samples=8),
+        ),
+        rows,
+    ),
+}  # fmt: skip
+
+
+def quantized(name: str, *, progress: bool = False) -> dict[str, torch.Tensor]:
+    """Quantize a case; return the linears' tensors, and what the report says of them and of training."""
+    make, config, given = CASES[name]
+    model = make()
+    report = parofx.quantize(model, config, calibration=given(), progress=progress)
     tensors = {
         f"{name}.{key}": tensor.contiguous().clone()
         for name, module in model.named_modules()
@@ -55,6 +93,7 @@ def results(model: torch.nn.Module, report: parofx.QuantizationReport) -> dict[s
         for key, tensor in module.checkpoint_tensors().items()
     }
     errors = [one.relative_error for one in report.linears] + [one.loss_after for one in report.transforms]
+    errors += [loss for block in report.blocks for stage in block.stages for loss in (stage.before, stage.after)]
     return tensors | {"report": torch.tensor(errors, dtype=torch.float64)}
 
 
@@ -72,10 +111,8 @@ def test_two_processes_find_what_one_does(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert "calibrate" in outputs[0]
     assert "calibrate" not in outputs[1], "only the first process shows progress"
-    for name, config in CONFIGS.items():
-        model = tiny.model()
-        report = parofx.quantize(model, config, calibration=data(), progress=False)
-        expected = results(model, report)
+    for name in CASES:
+        expected = quantized(name)
         first, second = (load_file(tmp_path / f"{name}-{place}.safetensors") for place in range(2))
         assert first.keys() == second.keys() == expected.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
