@@ -27,9 +27,10 @@ from parofx.calibration.normalized import mark_normalized
 from parofx.calibration.precision import product_precision
 from parofx.calibration.processes import check_alike, fit_together, process_count, together
 from parofx.calibration.progress import BlockProgress
+from parofx.calibration.shared_store import SharedStore
 from parofx.calibration.shares import check_enough, shares_of
 from parofx.calibration.statistics import InputStatistics, OutputNorm
-from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
+from parofx.calibration.store import fingerprint, pack_fit, unpack_fits
 from parofx.calibration.stream import BlockStream, Border, first_held_out
 from parofx.config import ParoConfig
 from parofx.errors import DataError
@@ -99,7 +100,7 @@ class DataRun:
         if self._config.calibration.trains_blocks:
             students = [dict(border) for border in stream.borders]
         store = self._open_store()
-        finished = store.finished() if store else 0
+        finished = store.finished if store else 0
         if store and finished:
             logger.info("resuming calibration after %d of %d segments", finished, len(stream.segments))
             borders = store.load_borders()
@@ -213,7 +214,7 @@ class DataRun:
         logger.warning("no calibration row reaches %s; it is fitted on its weights alone", name)
         return self._fit_transform(self._transforms[name], None, None)
 
-    def _open_store(self) -> CalibrationStore | None:
+    def _open_store(self) -> SharedStore | None:
         calibration = self._config.calibration
         if calibration.work_dir is None:
             return None
@@ -221,8 +222,9 @@ class DataRun:
         options["calibration"] = {k: v for k, v in options["calibration"].items() if k not in ("work_dir", "resume")}
         options["graph"] = self._gm.code
         tensors = itertools.chain(self._gm.named_parameters(), self._gm.named_buffers())
+        options["processes"] = process_count()
         digest = fingerprint(options, tensors, self._batches)
-        return CalibrationStore(calibration.work_dir, digest, resume=calibration.resume)
+        return SharedStore(calibration.work_dir, digest, resume=calibration.resume)
 
 
 def _digest(gm: GraphModule, config: ParoConfig, batches: Sequence[Mapping[str, Any]]) -> str:

@@ -50,10 +50,6 @@ def share_of(items: Sequence[_Item]) -> list[_Item]:
     return list(items[process_index() :: process_count()])
 
 
-class _StoppedError(DataError):
-    """Another process failed, and has said so to all."""
-
-
 @contextmanager
 def together() -> Iterator[None]:
     """Do a part of the work that every process does a share of; where it fails in one, it fails in all.
@@ -66,7 +62,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if process_count() > 1 and not isinstance(error, _StoppedError) and not hasattr(error, _TOLD):
+        if process_count() > 1 and not hasattr(error, _TOLD):
             setattr(error, _TOLD, True)
             _gather(f"{_FAILED}{type(error).__name__}: {error}")
         raise
@@ -84,7 +80,9 @@ def tell(message: str = "") -> list[str]:
     told = _gather(_FINE + message)
     failed = [f"process {place}: {one[1:]}" for place, one in enumerate(told) if one.startswith(_FAILED)]
     if failed:
-        raise _StoppedError(f"calibration stopped, it failed in\n{one_per_line(failed)}")
+        error = DataError(f"calibration stopped, it failed in\n{one_per_line(failed)}")
+        setattr(error, _TOLD, True)
+        raise error
     return [one[1:] for one in told]
 
 

@@ -64,8 +64,8 @@ class InputStatistics:
     """Mean outer products of input rows, inside each group of channels or between all channels.
 
     Products are summed in fp32 within a batch, of rows divided by a power of two about the batch's largest magnitude so
-    that nothing overflows, and in fp64 between batches. It holds `8·K·g` bytes (`8·K²` if `full`), however many rows it sees, on
-    the device of the first rows.
+    that nothing overflows, and in fp64 between batches. It holds `8·K·g` bytes (`8·K²` if `full`), however many rows it
+    sees, on the device of the first rows.
 
     Args:
         in_features: input channels, K.
