@@ -21,6 +21,8 @@ from parofx.calibration.distillation import few_at_a_time, steps_of
 from parofx.calibration.format_losses import TransformFormat, stored_bytes
 from parofx.calibration.memory import TransformShape, disk_bytes, memory_terms
 from parofx.calibration.probe import estimate_seconds
+from parofx.calibration.processes import process_count
+from parofx.calibration.shares import check_enough, shares_of
 from parofx.calibration.stream import first_held_out
 from parofx.calibration.traffic import SegmentTraffic, measure_segments, size_of
 from parofx.config import ParoConfig
@@ -61,13 +63,14 @@ class QuantizationPlan:
         sequences: calibration sequences; 0 without data.
         tokens: in these.
         steps: of optimizers, on range objectives and on blocks.
-        memory: bytes that each part of a run takes at most; see `docs/calibration.md`.
+        memory: bytes that each part of a run takes at most, in each process; see `docs/calibration.md`.
         disk_bytes: in `work_dir`, at most.
         checkpoint_bytes: of all tensors that `save_pretrained` will write.
         device: where it would run.
         seconds: of calibration there, estimated from short measurements; choosing formats comes on top.
         budget_bytes: with a bits budget, what the quantized linears take in the smallest formats, and at most; which
             ones they get is measured in the run, and `linears` lists them as without a budget.
+        processes: how many of `torch.distributed` share the work.
     """
 
     config: ParoConfig
@@ -84,6 +87,7 @@ class QuantizationPlan:
     device: str
     seconds: float
     budget_bytes: tuple[int, int] | None = None
+    processes: int = 1
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -149,12 +153,16 @@ def plan_quantization(
     budget_bytes = AllocateBits(config).byte_range(gm) if budgeted else None
     linears = tuple(linear for transform in transforms for linear in _planned(gm, transform, config))
     with_data = batches is not None and config.calibration.recipe != "data-free"
-    segments = measure_segments(gm, batches or ()) if with_data else ()
+    segments: tuple[SegmentTraffic, ...] = ()
+    if with_data:
+        shares = shares_of(gm, batches or (), cut=config.calibration.trains_blocks)
+        check_enough(shares, config.calibration)
+        segments = measure_segments(gm, shares.pieces)
     distilled: tuple[SegmentTraffic, ...] = ()
     distill_steps = 0
     if with_data and config.calibration.distill_epochs and transforms:
         parts = few_at_a_time(gm, batches or (), config.calibration)
-        distilled = measure_segments(gm, parts, whole=True)
+        distilled = measure_segments(gm, shares_of(gm, parts, cut=True).pieces, whole=True)
         distill_steps = config.calibration.distill_epochs * len(steps_of(parts, config.calibration))
     shapes = [_shape(gm, transform) for transform in transforms]
     packed_bytes = uniform_bytes = sum(linear.packed_bytes for linear in linears)
@@ -182,7 +190,7 @@ def plan_quantization(
             itemsize=parameter.element_size(),
             distilled=distilled,
         ),
-        disk_bytes=disk_bytes(config, shapes, segments),
+        disk_bytes=disk_bytes(config, shapes, segments, process_count()),
         checkpoint_bytes=_checkpoint_bytes(skeleton, linears) + packed_bytes - uniform_bytes,
         device=str(device),
         seconds=estimate_seconds(
@@ -193,8 +201,10 @@ def plan_quantization(
             dtype=parameter.dtype,
             device=device,
             distilled=distilled,
+            processes=process_count(),
         ),
         budget_bytes=budget_bytes,
+        processes=process_count(),
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from graphs import Layer, Stack
 from safetensors import safe_open
 
@@ -151,6 +152,26 @@ def test_trained_blocks_count_their_steps():
     assert plan.steps == 5 * 8 + 2 * (4 + 3) * 3 + 3 * 3
     assert plan.memory["training"] > 0
     assert plan.memory["distillation"] > 0
+
+
+def test_processes_share_what_a_run_takes(monkeypatch):
+    calibration = dataclasses.replace(FAST, transform_epochs=2, distill_epochs=1, work_dir="work")
+    config, plans = ParoConfig(calibration=calibration), []
+    for processes in (1, 2):
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda count=processes: count)
+        monkeypatch.setattr(dist, "get_rank", lambda: 0)
+        plans.append(parofx.plan_quantization(tiny.model(), config, calibration=tokens(8)))
+    one, two = plans
+    assert (one.processes, two.processes) == (1, 2)
+    assert one.steps == two.steps > 0
+    assert one.memory["model"] == two.memory["model"]
+    # Positions and masks cross a border whatever a process has of a batch.
+    assert 0.5 * one.memory["borders"] <= two.memory["borders"] < 0.7 * one.memory["borders"]
+    assert one.disk_bytes <= two.disk_bytes < 1.4 * one.disk_bytes
+    monkeypatch.setattr(dist, "get_world_size", lambda: 9)
+    with pytest.raises(DataError, match="a batch for each process, got 2 for 9"):
+        parofx.plan_quantization(tiny.model(), config, calibration=tokens(4))
 
 
 def test_self_needs_no_text(tmp_path):

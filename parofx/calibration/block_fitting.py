@@ -16,6 +16,7 @@ from parofx.calibration.feedback import RoundedWeight
 from parofx.calibration.fitting import FittedTransform, Rotated, rotate_weight, round_rotated
 from parofx.calibration.fixed_codes import as_stored, start_from, storable, with_fixed_codes
 from parofx.calibration.normalized import counts_relative
+from parofx.calibration.processes import each_by_one, fit_together, together
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.rounding import relative_error
 from parofx.calibration.row_masks import select_rows
@@ -45,13 +46,14 @@ def train_block(
         module: the block's graph.
         transforms: its transforms.
         fits: what was fitted for each for itself.
-        statistics: of the float model's inputs to each.
+        statistics: of the float model's inputs to each, in all processes.
         data: the block's inputs and targets.
         config: how to train and to round.
         stages: what was done is appended.
         progress: is told the loss after each stage.
     """
-    trained = {one.name: start_from(one, fits[one.name]) for one in transforms}
+    by_name = {one.name: one for one in transforms}
+    trained = {name: start_from(one, fits[name]) for name, one in by_name.items()}
     trainer = BlockTrainer(module, list(trained.values()), data, config)
     start = trainer.loss(quantized_weights(transforms, fits))
     if config.transform_epochs:
@@ -68,11 +70,12 @@ def train_block(
         one.name: _round_to_nearest(one, trained[one.name], fits[one.name]) for one in transforms
     }
     if config.rounding == "feedback":
-        observed = _student_statistics(module, trainer, transforms, data, config)
-        candidates["trained, with error feedback"] = {
-            one.name: _round_with_feedback(one, trained[one.name], fits[one.name], observed[one.name], config)
-            for one in transforms
-        }
+        with together():
+            observed = _student_statistics(module, trainer, transforms, data, config)
+        candidates["trained, with error feedback"] = fit_together(
+            list(by_name), observed,
+            lambda name: _round_with_feedback(by_name[name], trained[name], fits[name], observed[name], config),
+        )  # fmt: skip
     losses = {name: trainer.loss(quantized_weights(transforms, found)) for name, found in candidates.items()}
     kept = min(losses, key=losses.__getitem__)
     stages.append(StageReport("rounding", start, losses[kept], kept))
@@ -82,7 +85,7 @@ def train_block(
         found, stage = _tune(module, transforms, found, losses[kept], data, config)
         stages.append(stage)
         progress.trained(stage)
-    return {one.name: _with_errors(one, found[one.name], statistics[one.name][0]) for one in transforms}
+    return each_by_one(list(by_name), lambda name: _with_errors(by_name[name], found[name], statistics[name][0]))
 
 
 def _tune(
@@ -175,7 +178,7 @@ def _student_statistics(
     weights = trainer.present_weights()
     for index, given in enumerate(data.arguments):
         masks = data.masks[index]
-        seen = slice(0, 2 if index >= data.held_out else 1)
+        seen = slice(0, 2 if data.shares.places[index] >= data.held_out else 1)
 
         def record(node: Node, value: Tensor, masks: Mapping[str, Tensor] = masks, seen: slice = seen) -> None:
             name = node.meta["parofx_transform"]

@@ -20,7 +20,9 @@ from torch.utils import _pytree as pytree
 from parofx.calibration.block_student import Student, TrainedTransform
 from parofx.calibration.descent import Groups, descend
 from parofx.calibration.fixed_codes import angle_masks, continuous
+from parofx.calibration.processes import together, total, totals
 from parofx.calibration.row_masks import row_mask_of
+from parofx.calibration.shares import Shares
 from parofx.config import CalibrationConfig
 from parofx.report import StageReport
 
@@ -28,21 +30,31 @@ from parofx.report import StageReport
 _LEAST_ROW = 1e-3
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What rows are a part of, where other processes have the rest: how many rows, and their mean squared length."""
+
+    rows: float
+    mean_size: float
+
+
 @dataclass
 class BlockData:
-    """The batches of one block.
+    """What this process has of the batches of one block.
 
     Args:
-        arguments: per batch, what the quantized prefix hands to the block.
-        targets: per batch, the floating tensors the float block returns.
-        masks: per batch, the masks that nodes of the block may be annotated with, by name.
+        arguments: per piece, what the quantized prefix hands to the block.
+        targets: per piece, `counting_outputs` of the float block.
+        masks: per piece, the masks that nodes of the block may be annotated with, by name.
         held_out: the first of the batches that are kept for choosing; the number of batches if none are.
+        shares: which batch each piece is of.
     """
 
     arguments: Sequence[list[Any]]
     targets: Sequence[list[Tensor]]
     masks: Sequence[Mapping[str, Tensor]]
     held_out: int
+    shares: Shares
 
     def training(self) -> range:
         """Return the batches that are trained on."""
@@ -50,7 +62,7 @@ class BlockData:
 
     def validation(self) -> range:
         """Return the batches that states are compared on; without held-out ones, all."""
-        return range(self.held_out, len(self.targets)) or range(len(self.targets))
+        return range(self.held_out, self.shares.batches) or range(self.shares.batches)
 
 
 class BlockTrainer:
@@ -70,6 +82,7 @@ class BlockTrainer:
         self._transforms = transforms
         self._data = data
         self._config = config
+        self._wholes = _wholes(data) if data.shares.is_cut else None
 
     def train_transforms(self) -> StageReport:
         """Stage 1: train angles and channel scales."""
@@ -108,11 +121,12 @@ class BlockTrainer:
             tensor.requires_grad_(False)
         return report
 
-    def loss(self, weights: Mapping[str, Tensor], batches: Iterable[int] | None = None) -> float:
-        """Return the mean loss with given weights, on the held-out batches by default."""
-        chosen = list(self._data.validation() if batches is None else batches)
-        with torch.no_grad():
-            return sum(self._loss(weights, index).item() for index in chosen) / len(chosen)
+    def loss(self, weights: Mapping[str, Tensor]) -> float:
+        """Return the mean loss with given weights on the held-out batches."""
+        chosen = self._data.validation()
+        with together(), torch.no_grad():
+            own = sum(self._loss(weights, piece).item() for batch in chosen for piece in self._data.shares.of(batch))
+        return total(own) / len(chosen)
 
     def present_weights(self) -> dict[str, Tensor]:
         """Return what the linears multiply by as things are."""
@@ -130,7 +144,8 @@ class BlockTrainer:
         batches = self._data.training()
 
         def backward(batch: int) -> None:
-            self._loss(self._effective_weights(), batches[batch]).backward()  # type: ignore[no-untyped-call]
+            for piece in self._data.shares.of(batches[batch]):
+                self._loss(self._effective_weights(), piece).backward()  # type: ignore[no-untyped-call]
 
         found = descend(
             groups, backward, lambda: self.loss(self.present_weights()), batches=len(batches), epochs=epochs,
@@ -141,43 +156,71 @@ class BlockTrainer:
     def _effective_weights(self) -> dict[str, Tensor]:
         return {name: one for transform in self._transforms for name, one in transform.effective_weights().items()}
 
-    def _loss(self, weights: Mapping[str, Tensor], index: int) -> Tensor:
+    def _loss(self, weights: Mapping[str, Tensor], piece: int) -> Tensor:
+        """Return the loss on a piece: its share of its batch's loss."""
         device = next(iter(weights.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._config.autocast):
-            output = Student(self._module, weights).run(*self._data.arguments[index])
-        masks, kind = self._data.masks[index], self._config.block_loss
+            output = Student(self._module, weights).run(*self._data.arguments[piece])
+        outputs = counting_outputs(self._module, output, self._data.masks[piece])
+        wholes: Sequence[Whole | None] = [None] * len(outputs)
+        if self._wholes is not None:
+            wholes = self._wholes[self._data.shares.places[piece]]
         losses = [
-            _distance(_counting_rows(node, value, masks), _counting_rows(node, target, masks), kind)
-            for node, value, target in zip(
-                self._outputs(output), floating_outputs(output), self._data.targets[index], strict=True
-            )
+            _distance(one, target, self._config.block_loss, whole)
+            for one, target, whole in zip(outputs, self._data.targets[piece], wholes, strict=True)
         ]
         return torch.stack(losses).sum()
 
-    def _outputs(self, output: Any) -> list[Node]:
-        """Return the nodes of the floating tensors among what the block returns."""
-        nodes, values = (pytree.tree_leaves(one) for one in (self._module.graph.output_node().args[0], output))
-        return [node for node, value in zip(nodes, values, strict=True) if floating_outputs(value)]
+
+def counting_outputs(module: GraphModule, output: Any, masks: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the rows that count of the floating tensors among what a segment returns."""
+    nodes, values = (pytree.tree_leaves(one) for one in (module.graph.output_node().args[0], output))
+    return [
+        _counting_rows(node, value, masks)
+        for node, value in zip(nodes, values, strict=True)
+        if isinstance(value, Tensor) and value.is_floating_point()
+    ]
 
 
-def floating_outputs(output: Any) -> list[Tensor]:
-    """Return the floating tensors among what a segment returns."""
-    leaves = pytree.tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def row_sizes(target: Tensor) -> tuple[float, float]:
+    """Return how many rows a tensor has, and the sum of their squared lengths."""
+    return target.numel() / max(target.shape[-1], 1), target.float().square().sum(-1).sum(dtype=torch.float64).item()
 
 
-def _distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
-    if kind == "smooth_l1":
-        return torch.nn.functional.smooth_l1_loss(output.float(), target.float())
-    return relative_distance(output, target)
+def _wholes(data: BlockData) -> dict[int, list[Whole]]:
+    """Return by batch, for each output, what the pieces of all processes make up."""
+    own = {
+        place: [number for target in targets for number in row_sizes(target)]
+        for place, targets in zip(data.shares.places, data.targets, strict=True)
+    }
+    return {place: wholes_of(numbers) for place, numbers in totals(own).items()}
 
 
-def relative_distance(output: Tensor, target: Tensor) -> Tensor:
-    """Return the mean over rows of the squared error relative to the target row's squared length."""
+def wholes_of(numbers: Sequence[float]) -> list[Whole]:
+    """Return what summed `row_sizes`, one after the other, say."""
+    return [Whole(rows, size / max(rows, 1.0)) for rows, size in zip(numbers[::2], numbers[1::2], strict=True)]
+
+
+def _distance(output: Tensor, target: Tensor, kind: str, whole: Whole | None) -> Tensor:
+    if kind == "relative":
+        return relative_distance(output, target, whole)
+    output, target = output.float(), target.float()
+    if whole is None:
+        return torch.nn.functional.smooth_l1_loss(output, target)
+    return torch.nn.functional.smooth_l1_loss(output, target, reduction="sum") / (whole.rows * target.shape[-1])
+
+
+def relative_distance(output: Tensor, target: Tensor, whole: Whole | None = None) -> Tensor:
+    """Return the mean over rows of the squared error relative to the target row's squared length.
+
+    Of rows that are a part of a `whole` it is their share of the whole's mean.
+    """
     output, target = output.float(), target.float()
     # Row by row: a few rows of a decoder's residual stream are a thousand times as long as the rest.
     sizes = target.square().sum(-1)
-    return ((output - target).square().sum(-1) / (sizes + _LEAST_ROW * sizes.mean()).clamp(min=1e-30)).mean()
+    mean_size = sizes.mean() if whole is None else whole.mean_size
+    errors = (output - target).square().sum(-1) / (sizes + _LEAST_ROW * mean_size).clamp(min=1e-30)
+    return errors.mean() if whole is None else errors.sum() / whole.rows
 
 
 def _counting_rows(node: Node, value: Tensor, masks: Mapping[str, Tensor]) -> Tensor:

@@ -20,15 +20,17 @@ from torch.fx import GraphModule
 
 from parofx.calibration.block_fitting import output_norm, quantized_weights, train_block
 from parofx.calibration.block_student import Student
-from parofx.calibration.block_training import BlockData, floating_outputs
+from parofx.calibration.block_training import BlockData, counting_outputs
 from parofx.calibration.distillation import Distiller
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.normalized import mark_normalized
 from parofx.calibration.precision import product_precision
-from parofx.calibration.processes import check_alike, check_divisible, fit_together, process_count, share_of, together
+from parofx.calibration.processes import check_alike, fit_together, process_count, together
 from parofx.calibration.progress import BlockProgress
+from parofx.calibration.shared_store import SharedStore
+from parofx.calibration.shares import check_enough, shares_of
 from parofx.calibration.statistics import InputStatistics, OutputNorm
-from parofx.calibration.store import CalibrationStore, fingerprint, pack_fit, unpack_fits
+from parofx.calibration.store import fingerprint, pack_fit, unpack_fits
 from parofx.calibration.stream import BlockStream, Border, first_held_out
 from parofx.config import ParoConfig
 from parofx.errors import DataError
@@ -75,7 +77,6 @@ class DataRun:
             raise DataError("calibration must hold at least one batch, got none; pass calibration=None for data-free")
         for index, batch in enumerate(self._batches):
             _check_batch(index, batch)
-        check_divisible(len(self._batches), config.calibration)
         self._full = config.calibration.rounding == "feedback"
         self._statistics: dict[str, InputStatistics] = {}
         self._held_out: dict[str, InputStatistics] = {}
@@ -85,25 +86,26 @@ class DataRun:
         # What is fitted replaces them in the graph.
         self._weights = {linear.name: linear.weight for one in transforms for linear in one.linears}
         self._digest = _digest(gm, config, self._batches)
-        #: Those that this process runs, by their place among all.
-        self._places = share_of(range(len(self._batches)))
-        self._batches = [self._batches[place] for place in self._places]
-        self._batch = 0
+        # Each process makes its part of every step on blocks.
+        self._shares = shares_of(gm, self._batches, cut=config.calibration.trains_blocks)
+        check_enough(self._shares, config.calibration)
+        self._piece = 0
 
     def run(self) -> None:
         """Fit every transform after the last segment that computes one of its inputs."""
         check_alike(self._digest)
         with together():
-            stream = BlockStream(self._gm, self._batches)
+            stream = BlockStream(self._gm, self._shares.pieces)
         students: list[Border] = []
         if self._config.calibration.trains_blocks:
             students = [dict(border) for border in stream.borders]
         store = self._open_store()
-        finished = store.finished() if store else 0
+        finished = store.finished if store else 0
         if store and finished:
             logger.info("resuming calibration after %d of %d segments", finished, len(stream.segments))
             borders = store.load_borders()
-            stream.borders, students = borders[: len(self._batches)], borders[len(self._batches) :]
+            count = len(self._shares.pieces)
+            stream.borders, students = borders[:count], borders[count:]
         due = {name: stream.last_segment_of(name) for name in self._transforms}
         # Nothing behind the last transform is needed, above all no logits.
         end = 1 + max(map(stream.segments.index, due.values()), default=-1)
@@ -149,14 +151,15 @@ class DataRun:
         """Run a segment and fit the transforms that are due behind it."""
         self._progress.enter(self._transforms[names[0]].block if names else "")
         open_before = set(self._statistics)
-        targets = []
-        self._batch = 0
+        targets: list[list[Tensor]] = []
+        self._piece = 0
         precision = product_precision("fast") if self._config.calibration.autocast else contextlib.nullcontext()
         with together(), precision:
             for output in stream.run(segment, self._record):
-                self._batch += 1
-                self._progress.forwarded(self._batch, len(self._batches))
-                targets.append(floating_outputs(output) if students else [])
+                if students:
+                    targets.append(counting_outputs(stream.module(segment), output, stream.masks[self._piece]))
+                self._piece += 1
+                self._progress.forwarded(self._piece, len(self._shares.pieces))
         statistics = {name: (self._statistics.pop(name), self._pop_held_out(name)) for name in names}
         for name in names:
             self._norms.pop(name, None)
@@ -169,7 +172,7 @@ class DataRun:
             transforms = [self._transforms[name] for name in own]
             module = stream.module(segment)
             if own:
-                data = BlockData(arguments, targets, stream.masks, self._first_held_out)
+                data = BlockData(arguments, targets, stream.masks, self._first_held_out, self._shares)
                 fits |= train_block(
                     module, transforms, own, statistics, data, self._config.calibration, stages, self._progress
                 )
@@ -188,7 +191,7 @@ class DataRun:
 
     def _record(self, name: str, rows: Tensor) -> None:
         self._observe(self._statistics, name, rows)
-        if self._full and self._places[self._batch] >= self._first_held_out:
+        if self._full and self._shares.places[self._piece] >= self._first_held_out:
             self._observe(self._held_out, name, rows)
 
     def _observe(self, statistics: dict[str, InputStatistics], name: str, rows: Tensor) -> None:
@@ -211,7 +214,7 @@ class DataRun:
         logger.warning("no calibration row reaches %s; it is fitted on its weights alone", name)
         return self._fit_transform(self._transforms[name], None, None)
 
-    def _open_store(self) -> CalibrationStore | None:
+    def _open_store(self) -> SharedStore | None:
         calibration = self._config.calibration
         if calibration.work_dir is None:
             return None
@@ -219,8 +222,9 @@ class DataRun:
         options["calibration"] = {k: v for k, v in options["calibration"].items() if k not in ("work_dir", "resume")}
         options["graph"] = self._gm.code
         tensors = itertools.chain(self._gm.named_parameters(), self._gm.named_buffers())
+        options["processes"] = process_count()
         digest = fingerprint(options, tensors, self._batches)
-        return CalibrationStore(calibration.work_dir, digest, resume=calibration.resume)
+        return SharedStore(calibration.work_dir, digest, resume=calibration.resume)
 
 
 def _digest(gm: GraphModule, config: ParoConfig, batches: Sequence[Mapping[str, Any]]) -> str:

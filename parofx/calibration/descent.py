@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parofx.calibration.processes import sum_gradients, take_from_first, together
+
 #: Steps of the optimizer: (tensors, learning rate) groups.
 Groups = Sequence[tuple[Sequence[Tensor], float]]
 
@@ -36,10 +38,12 @@ def descend(
 ) -> Descent:
     """Train the tensors of `groups` in place; they end in the best state found, which may be the one they began in.
 
+    Several processes make the same steps, by the sums of their gradients.
+
     Args:
         groups: what is trained, and how fast.
-        backward: adds the gradients of a batch, by its index.
-        judge: returns the loss on held-out data as things are.
+        backward: adds the gradients of a batch, by its index; of several processes each its own part of them.
+        judge: returns the loss on held-out data as things are, the same in every process.
         batches: how many there are.
         epochs: passes over them; the rate falls to a twentieth.
         seed: of their order.
@@ -63,8 +67,9 @@ def descend(
     for epoch in range(1, epochs + 1):
         for batch in torch.randperm(batches, generator=order).tolist():
             optimizer.zero_grad()
-            with torch.enable_grad():
+            with together(), torch.enable_grad():
                 backward(batch)
+            sum_gradients(tensors)
             for theta, trainable in masks:
                 if theta.grad is not None:
                     theta.grad.mul_(trainable)
@@ -79,4 +84,5 @@ def descend(
     with torch.no_grad():
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
+    take_from_first(tensors)
     return Descent(before, best, best_epoch)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,16 @@ from torch.utils.checkpoint import checkpoint
 
 from parofx.calibration.block_fitting import output_norm
 from parofx.calibration.block_student import Student, TrainedTransform
-from parofx.calibration.block_training import relative_distance
+from parofx.calibration.block_training import Whole, relative_distance, row_sizes, wholes_of
 from parofx.calibration.descent import descend
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.fixed_codes import angle_masks, as_stored, continuous, with_fixed_codes
 from parofx.calibration.precision import product_precision
+from parofx.calibration.processes import sum_tensors, together, total, totals
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.row_masks import select_rows
 from parofx.calibration.sensitivity import first_sequences, output_nodes, unmasked
+from parofx.calibration.shares import sequences_of, shares_of
 from parofx.calibration.stream import BlockStream, first_held_out
 from parofx.config import CalibrationConfig
 from parofx.passes.graph import FAKE_QUANTIZE
@@ -65,7 +67,7 @@ def few_at_a_time(
 def steps_of(parts: Sequence[Mapping[str, Any]], config: CalibrationConfig) -> list[range]:
     """Return the batches, cut by `few_at_a_time`, of each step of an epoch; those held out are behind them."""
     first = first_held_out(parts, config.validation_samples)
-    count = max(1, config.distill_batch_size // max(map(_sequences, parts), default=1))
+    count = max(1, config.distill_batch_size // max(map(sequences_of, parts), default=1))
     return [range(begin, min(begin + count, first)) for begin in range(0, first, count)]
 
 
@@ -77,7 +79,7 @@ class Distiller:
         transforms: those of the graph.
         fits: what was fitted for each.
         weights: the linears' float weights by name, `(N, K)`.
-        batches: the model's inputs as mappings.
+        batches: the model's inputs as mappings, all of them in every process.
         config: epochs, learning rate, batch size, sequences to hold out, and seed.
     """
 
@@ -97,17 +99,21 @@ class Distiller:
         self._owner = {linear.name: one.name for one in transforms for linear in one.linears}
         self._vocabularies = {len(table) for table in find_embeddings(gm)}
         parts = few_at_a_time(gm, batches, config)
-        self._stream = BlockStream(gm, parts)
+        self._shares = shares_of(gm, parts, cut=True)
+        self._stream = BlockStream(gm, self._shares.pieces)
         self._output_nodes = output_nodes(gm)
         self._steps = steps_of(parts, config)
         first = self._steps[-1].stop
         self._validation = range(first, len(parts)) or range(first)
         self._device = next(iter(weights.values())).device.type
+        #: By part, for each output that is compared; None where no other process has rows of a part.
+        self._wholes: dict[int, list[Whole]] | None = None
 
     def run(self, progress: BlockProgress) -> tuple[dict[str, FittedTransform], StageReport]:
         """Train; return what that gives as it is stored, if the held-out loss is smaller, and how it went."""
         config = self._config
         trained, codes = with_fixed_codes(self._transforms, self._fits)
+        self._wholes = self._measure_parts() if self._shares.is_cut else None
         tensors = continuous(trained.values())
         for tensor in tensors:
             tensor.requires_grad_(True)
@@ -115,8 +121,8 @@ class Distiller:
         progress.distilling(config.distill_epochs * len(steps))
 
         def backward(step: int) -> None:
-            for index in steps[step]:
-                self._accumulate(trained, index, 1.0 / len(steps[step]))
+            for piece in self._pieces(steps[step]):
+                self._accumulate(trained, piece, 1.0 / len(steps[step]))
             progress.stepped()
 
         def finished(epoch: int, before: float, now: float) -> None:
@@ -136,30 +142,54 @@ class Distiller:
         stored = {name: dataclasses.replace(one, errors=errors[name]) for name, one in stored.items()}
         return stored, StageReport(_STAGE, found.before, after, f"epoch {found.epoch} of {config.distill_epochs}")
 
-    def _held_out_loss(self, trained: _Trained) -> float:
-        with torch.no_grad():
-            losses = [self._compare(trained, index)[0] for index in self._validation]
-        return sum(losses) / len(losses)
+    def _pieces(self, parts: range) -> list[int]:
+        """Return what this process has of parts."""
+        return [piece for part in parts for piece in self._shares.of(part)]
 
-    def _accumulate(self, trained: _Trained, index: int, share: float) -> None:
-        """Add the gradients of a batch's loss, times its share."""
-        _, outputs, gradients = self._compare(trained, index)
+    def _measure_parts(self) -> dict[int, list[Whole]]:
+        """Return what counts in each output of a part, over the pieces of all processes."""
+        own = {}
+        with together(), torch.no_grad():
+            for piece, part in enumerate(self._shares.places):
+                own[part] = [number for one in self._targets(piece) for number in one]
+        return {part: wholes_of(numbers) for part, numbers in totals(own).items()}
+
+    def _targets(self, piece: int) -> Iterator[tuple[float, float]]:
+        """Yield of each output that is compared how many rows count, and the sum of their squared lengths."""
+        for node, target in self._outputs(self._float_weights, self._stream.borders[piece]):
+            counting = partial(unmasked, node, masks=self._stream.masks[piece])
+            if target.shape[-1] in self._vocabularies:
+                yield counting(torch.ones_like(target[..., :1], dtype=torch.float32)).sum().item(), 0.0
+            else:
+                yield row_sizes(counting(target))
+
+    def _held_out_loss(self, trained: _Trained) -> float:
+        with together(), torch.no_grad():
+            own = sum(self._compare(trained, piece)[0] for piece in self._pieces(self._validation))
+        return total(own) / len(self._validation)
+
+    def _accumulate(self, trained: _Trained, piece: int, share: float) -> None:
+        """Add the gradients of a piece's loss, times its part's share of a step."""
+        _, outputs, gradients = self._compare(trained, piece)
         # An output may depend on no weight, as an embedding that a model returns.
         depending = [place for place, one in enumerate(outputs) if one.requires_grad]
         if depending:
             scaled = [gradients[place].mul_(share) for place in depending]
             torch.autograd.backward([outputs[place] for place in depending], scaled)
 
-    def _compare(self, trained: _Trained, index: int) -> tuple[float, list[Tensor], list[Tensor]]:
-        """Return the loss on a batch, the outputs that it is of, and its gradients there."""
-        border, masks = self._stream.borders[index], self._stream.masks[index]
+    def _compare(self, trained: _Trained, piece: int) -> tuple[float, list[Tensor], list[Tensor]]:
+        """Return the share of its part's loss that a piece makes, the outputs it is of, and its gradients there."""
+        border, masks = self._stream.borders[piece], self._stream.masks[piece]
         with torch.no_grad():
             wanted = self._outputs(self._float_weights, border)
         outputs = self._outputs(partial(self._effective_weights, trained), border)
+        wholes: Sequence[Whole | None] = [None] * len(outputs)
+        if self._wholes is not None:
+            wholes = self._wholes[self._shares.places[piece]]
         loss, gradients = 0.0, []
-        for (node, output), (_, target) in zip(outputs, wanted, strict=True):
+        for (node, output), (_, target), whole in zip(outputs, wanted, wholes, strict=True):
             score = _divergence if output.shape[-1] in self._vocabularies else _relative
-            value, gradient = score(output.detach(), target, partial(unmasked, node, masks=masks))
+            value, gradient = score(output.detach(), target, partial(unmasked, node, masks=masks), whole)
             loss += value
             gradients.append(gradient)
         return loss, [output for _, output in outputs], gradients
@@ -168,9 +198,9 @@ class Distiller:
         """Return by transform its linears' relative squared output errors on held-out inputs of the float model."""
         sums = {one.name: torch.zeros(len(one.linears), 2, dtype=torch.float64) for one in self._transforms}
         by_name = {one.name: one for one in self._transforms}
-        for index in self._validation:
+        for piece in self._pieces(self._validation):
 
-            def record(node: Node, value: Tensor, masks: Mapping[str, Tensor] = self._stream.masks[index]) -> None:
+            def record(node: Node, value: Tensor, masks: Mapping[str, Tensor] = self._stream.masks[piece]) -> None:
                 one = by_name[node.meta["parofx_transform"]]
                 rows, norm = select_rows(node, value, masks).float(), output_norm(one, self._config)
                 rows = rows if norm is None else norm.divide(rows)
@@ -180,7 +210,8 @@ class Distiller:
 
             with torch.no_grad():
                 runner = _Segments(self._stream.split, self._float_weights, record)
-                runner.run(*self._stream.borders[index].values())
+                runner.run(*self._stream.borders[piece].values())
+        sum_tensors(list(sums.values()))
         return {
             name: tuple((wrong / right).item() if right > 0 else 0.0 for wrong, right in parts)
             for name, parts in sums.items()
@@ -240,16 +271,17 @@ def _has_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 1
 
 
-def _sequences(batch: Mapping[str, Any]) -> int:
-    return max((len(value) for value in batch.values() if _has_rows(value)), default=1)
+def _divergence(
+    output: Tensor, target: Tensor, counting: _Counting, whole: Whole | None = None
+) -> tuple[float, Tensor]:
+    """Return the mean `KL(p ‖ q)` over the positions that count, and its gradient at q's logits, `q − p`.
 
-
-def _divergence(output: Tensor, target: Tensor, counting: _Counting) -> tuple[float, Tensor]:
-    """Return the mean `KL(p ‖ q)` over the positions that count, and its gradient at q's logits, `q − p`."""
+    Of positions that are a part of a `whole` it is their share of the whole's mean.
+    """
     gradient = torch.empty_like(output, memory_format=torch.contiguous_format)
     logits, wanted = (one.reshape(-1, one.shape[-1]) for one in (output, target))
     counts = counting(torch.ones_like(output[..., :1], dtype=torch.float32)).reshape(-1)
-    counts = counts / counts.sum().clamp(min=1.0)
+    counts = counts / (counts.sum().clamp(min=1.0) if whole is None else max(whole.rows, 1.0))
     flat, total = gradient.view(logits.shape), 0.0
     step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
     for first in range(0, len(logits), step):
@@ -263,10 +295,10 @@ def _divergence(output: Tensor, target: Tensor, counting: _Counting) -> tuple[fl
     return total, gradient
 
 
-def _relative(output: Tensor, target: Tensor, counting: _Counting) -> tuple[float, Tensor]:
+def _relative(output: Tensor, target: Tensor, counting: _Counting, whole: Whole | None = None) -> tuple[float, Tensor]:
     """Return the mean relative squared error of rows, and its gradient."""
     with torch.enable_grad():
         leaf = output.detach().requires_grad_()
-        loss = relative_distance(counting(leaf), counting(target))
+        loss = relative_distance(counting(leaf), counting(target), whole)
         (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.item(), gradient

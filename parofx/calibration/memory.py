@@ -109,12 +109,17 @@ def _rounded_weights(shape: TransformShape, itemsize: int, rounded: bool) -> int
     return shape.weights * (itemsize + 1) if rounded else 0
 
 
-def disk_bytes(config: ParoConfig, shapes: Sequence[TransformShape], segments: Sequence[SegmentTraffic]) -> int:
-    """Return the bytes of a run in its `work_dir`: what was fitted, and one border beside the one that replaces it."""
+def disk_bytes(
+    config: ParoConfig, shapes: Sequence[TransformShape], segments: Sequence[SegmentTraffic], processes: int = 1
+) -> int:
+    """Return the bytes of a run in its `work_dir`: what was fitted, and one border beside the one that replaces it.
+
+    `segments` are what flows through the graph in one process.
+    """
     if config.calibration.work_dir is None or not segments:
         return 0
     border = max(one.border for one in segments) * (1 + config.calibration.trains_blocks)
-    return sum(shape.fitted_bytes for shape in shapes) + 2 * border
+    return sum(shape.fitted_bytes for shape in shapes) + 2 * border * processes
 
 
 def _statistics(

@@ -42,8 +42,9 @@ def estimate_seconds(
     dtype: torch.dtype,
     device: torch.device,
     distilled: Sequence[SegmentTraffic] = (),
+    processes: int = 1,
 ) -> float:
-    """Return the seconds of fits, forwards and statistics.
+    """Return the seconds of fits, forwards and statistics; what processes tell each other is not counted.
 
     Args:
         config: of the run.
@@ -53,6 +54,7 @@ def estimate_seconds(
         dtype: of the model.
         device: where the run will be.
         distilled: what flows through the graph while the whole model is trained; none without that.
+        processes: how many share the fits; what flows is the share of one.
     """
     if not shapes:
         return 0.0
@@ -63,6 +65,8 @@ def estimate_seconds(
         seconds = sum(
             count * _fit(example[size], config, bool(segments), bits, device) for size, count in by_size.items()
         )
+        if segments:
+            seconds /= processes
         if not segments:
             return seconds
         widest = max(shapes, key=lambda one: one.weights)

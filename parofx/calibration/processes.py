@@ -1,15 +1,16 @@
-"""Calibration by several processes of `torch.distributed`: each runs its share of the batches and of the fits.
+"""Calibration by several processes of `torch.distributed`: what they tell each other, and what they sum.
 
-Process r of n takes the batches r, r + n, …. Statistics are sums over batches, so those of all processes together are
-those of one process that ran everything. They are summed on the process that fits the transform; what it found is sent
-to all, as the bytes of a safetensors file. So every process ends with the same model.
+Statistics, losses and gradients are sums over sequences, so those of all processes together are those of one process
+that ran everything. What one of them fitted is sent to all, as the bytes of a safetensors file. So every process ends
+with the same model.
 
-A process that fails says so where it would have met the others, and all of them fail: none waits for what never comes,
-or takes what belongs to another run.
+A process that fails says so where it would have met the others next, and all of them fail: none waits for what never
+comes, or takes what belongs to another run. For that they meet before whatever they sum or send.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -22,10 +23,16 @@ from torch import Tensor
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.store import pack_fit, unpack_fits
-from parofx.config import CalibrationConfig
 from parofx.errors import ConfigError, DataError, one_per_line
 
 _Item = TypeVar("_Item")
+
+#: What a message begins with: of a process that goes on, and of one that failed.
+_FINE, _FAILED = "=", "!"
+#: Marks an error that the other processes know of.
+_TOLD = "_parofx_told"
+#: Elements that are summed or sent at a time.
+_BUCKET = 1 << 22
 
 
 def process_count() -> int:
@@ -38,30 +45,6 @@ def process_index() -> int:
     return dist.get_rank() if process_count() > 1 else 0
 
 
-def check_divisible(batches: int, config: CalibrationConfig) -> None:
-    """Refuse what several processes cannot do together.
-
-    Raises:
-        DataError: if there is not a batch for each.
-        ConfigError: if the recipe trains, or there is a `work_dir`.
-    """
-    processes = process_count()
-    if processes == 1:
-        return
-    if batches < processes:
-        raise DataError(
-            f"calibration must hold a batch for each process, got {batches} for {processes} processes: give more "
-            f"sequences, smaller batches (batch_size is {config.batch_size}), or start fewer processes"
-        )
-    if config.trains:
-        raise ConfigError(
-            f"recipes that train run in one process, got recipe {config.recipe!r} in {processes} processes; "
-            "use recipe='fast' and distill_epochs=0, or start one process"
-        )
-    if config.work_dir is not None:
-        raise ConfigError(f"work_dir is for a run in one process, got {processes} processes; leave it out")
-
-
 def share_of(items: Sequence[_Item]) -> list[_Item]:
     """Return this process's share of `items`."""
     return list(items[process_index() :: process_count()])
@@ -71,20 +54,36 @@ def share_of(items: Sequence[_Item]) -> list[_Item]:
 def together() -> Iterator[None]:
     """Do a part of the work that every process does a share of; where it fails in one, it fails in all.
 
+    Such parts may lie in one another.
+
     Raises:
         DataError: that names the process which failed, in the others.
     """
-    error = None
     try:
         yield
-    except BaseException as caught:
-        error = caught
-    told = _tell("" if error is None else f"{type(error).__name__}: {error}") if process_count() > 1 else []
-    if error is not None:
-        raise error
-    failed = [f"process {place}: {message}" for place, message in enumerate(told) if message]
+    except BaseException as error:
+        if process_count() > 1 and not hasattr(error, _TOLD):
+            setattr(error, _TOLD, True)
+            _gather(f"{_FAILED}{type(error).__name__}: {error}")
+        raise
+    tell()
+
+
+def tell(message: str = "") -> list[str]:
+    """Return what each process tells, in their order.
+
+    Raises:
+        DataError: if one of them failed instead.
+    """
+    if process_count() == 1:
+        return [message]
+    told = _gather(_FINE + message)
+    failed = [f"process {place}: {one[1:]}" for place, one in enumerate(told) if one.startswith(_FAILED)]
     if failed:
-        raise DataError(f"calibration stopped, it failed in\n{one_per_line(failed)}")
+        error = DataError(f"calibration stopped, it failed in\n{one_per_line(failed)}")
+        setattr(error, _TOLD, True)
+        raise error
+    return [one[1:] for one in told]
 
 
 def check_alike(digest: str) -> None:
@@ -96,21 +95,72 @@ def check_alike(digest: str) -> None:
     Raises:
         ConfigError: if it is not.
     """
-    if process_count() > 1 and len(set(_tell(digest))) > 1:
+    if len(set(tell(digest))) > 1:
         raise ConfigError(
             f"the {process_count()} processes of torch.distributed must quantize one model with the same options and "
             "data, and got different ones; call quantize alike in all of them, or before init_process_group"
         )
 
 
-def _tell(message: str) -> list[str]:
-    """Return what each process tells, in their order."""
-    own = torch.frombuffer(bytearray(message.encode()) or bytearray(1), dtype=torch.uint8).to(_device())
-    size = torch.tensor([len(message.encode())], device=_device())
+def total(own: float) -> float:
+    """Return the sum of a number over all processes, the same in each."""
+    return sum(map(float, tell(repr(float(own)))))
+
+
+def totals(own: Mapping[int, Sequence[float]]) -> dict[int, list[float]]:
+    """Return sums over all processes of numbers by place; a process may have some of the places, with all numbers."""
+    found: dict[int, list[float]] = {}
+    for message in tell(json.dumps(dict(own))):
+        for place, numbers in json.loads(message).items():
+            known = found.get(int(place), [0.0] * len(numbers))
+            found[int(place)] = [one + other for one, other in zip(known, numbers, strict=True)]
+    return found
+
+
+def sum_gradients(tensors: Sequence[Tensor]) -> None:
+    """Sum the gradients of tensors, the same in every process, over all; a process may have none."""
+    if process_count() == 1:
+        return
+    for tensor in tensors:
+        if tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor)
+    sum_tensors([tensor.grad for tensor in tensors if tensor.grad is not None])
+
+
+def sum_tensors(tensors: Sequence[Tensor]) -> None:
+    """Sum tensors of one dtype, in place, over all processes."""
+    _exchange(tensors, dist.all_reduce)
+
+
+def take_from_first(tensors: Sequence[Tensor]) -> None:
+    """Give tensors of one dtype the values that they have in the first process."""
+    _exchange(tensors, lambda joined: dist.broadcast(joined, 0))
+
+
+def _exchange(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
+    """Run a collective on tensors, in place, many small ones at a time."""
+    if process_count() == 1:
+        return
+    tell()
+    buckets: list[list[Tensor]] = []
+    for tensor in tensors:
+        if not buckets or sum(one.numel() for one in buckets[-1]) + tensor.numel() > _BUCKET:
+            buckets.append([])
+        buckets[-1].append(tensor)
+    for bucket in buckets:
+        joined = torch.cat([one.detach().flatten() for one in bucket]).to(_device())
+        collective(joined)
+        for one, part in zip(bucket, torch.split(joined, [one.numel() for one in bucket]), strict=True):
+            one.detach().copy_(part.view_as(one))
+
+
+def _gather(message: str) -> list[str]:
+    """Return the message of each process."""
+    own = torch.frombuffer(bytearray(message.encode()), dtype=torch.uint8).to(_device())
+    size = torch.tensor([len(own)], device=_device())
     sizes = [torch.empty_like(size) for _ in range(process_count())]
     dist.all_gather(sizes, size)
-    widest = max(1, *(int(one) for one in sizes))
-    padded = torch.nn.functional.pad(own, (0, widest - len(own)))
+    padded = torch.nn.functional.pad(own, (0, max(map(int, sizes)) - len(own)))
     told = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(told, padded)
     return [bytes(one[: int(count)].tolist()).decode() for one, count in zip(told, sizes, strict=True)]
@@ -125,29 +175,33 @@ def fit_together(
 
     Args:
         names: the transforms, the same in every process.
-        statistics: of each, this process's; afterwards the process that fits it holds the sums, others anything.
+        statistics: of each, this process's; afterwards those of all.
         fit: fits one of them on its statistics.
     """
+    if process_count() > 1:
+        tell()
+        for name in names:
+            for one in statistics[name]:
+                _sum(one)
+    return each_by_one(names, fit)
+
+
+def each_by_one(names: Sequence[str], work: Callable[[str], FittedTransform]) -> dict[str, FittedTransform]:
+    """Do the work for each name in one of the processes; all return all results."""
     processes, here = process_count(), process_index()
-    if processes == 1:
-        return {name: fit(name) for name in names}
     owners = {name: index % processes for index, name in enumerate(names)}
-    for name in names:
-        for one in statistics[name]:
-            _sum_at(owners[name], one)
     with together():
-        found = {name: fit(name) for name in names if owners[name] == here}
-    return {name: _sent(owners[name], name, found.get(name)) for name in names}
+        found = {name: work(name) for name in names if owners[name] == here}
+    return {name: _sent(owners[name], name, found.get(name)) for name in names} if processes > 1 else found
 
 
-def _sum_at(owner: int, statistics: InputStatistics) -> None:
-    """Sum statistics over all processes; `owner` holds the sum."""
+def _sum(statistics: InputStatistics) -> None:
+    """Sum statistics over all processes."""
     state = statistics.to_tensors()
     for name in ("count", "sums"):
         state[name] = state[name].to(_device())
-        dist.reduce(state[name], owner)
-    if process_index() == owner:
-        statistics.replace(state)
+        dist.all_reduce(state[name])
+    statistics.replace(state)
 
 
 def _sent(owner: int, name: str, fitted: FittedTransform | None) -> FittedTransform:

@@ -63,9 +63,9 @@ class OutputNorm:
 class InputStatistics:
     """Mean outer products of input rows, inside each group of channels or between all channels.
 
-    Products are summed in fp32 within a batch, of rows divided by the batch's largest magnitude so that nothing
-    overflows, and in fp64 between batches. It holds `8·K·g` bytes (`8·K²` if `full`), however many rows it sees, on
-    the device of the first rows.
+    Products are summed in fp32 within a batch, of rows divided by a power of two about the batch's largest magnitude so
+    that nothing overflows, and in fp64 between batches. It holds `8·K·g` bytes (`8·K²` if `full`), however many rows it
+    sees, on the device of the first rows.
 
     Args:
         in_features: input channels, K.
@@ -159,11 +159,12 @@ class InputStatistics:
         if peak > 0:
             if self._sums.device != rows.device:
                 self._sums = self._sums.to(rows.device)
-            scaled, unit = rows.float() / peak, peak**2
+            unit = _power_of_two(peak)
+            scaled, power = rows.float() / unit, unit**2
             if relative_to is not None:
-                scaled, unit = relative_to.divide(scaled), 1.0
+                scaled, power = relative_to.divide(scaled), 1.0
             for where_to, products in self._products(scaled):
-                self._sums[where_to] += products.double().mul_(unit)
+                self._sums[where_to] += products.double().mul_(power)
 
     def _products(self, rows: Tensor) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
         """Yield the places of sums and what the rows add there."""
@@ -233,6 +234,11 @@ def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:
     """Return the blocks `(K/g, g, g)` on the diagonal of `gram (K, K)`."""
     groups = len(gram) // group_size
     return gram.view(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _power_of_two(peak: float) -> float:
+    """Return the largest one up to `peak`: whatever else is in a batch, its rows are rounded alike."""
+    return 2.0 ** max(math.frexp(peak)[1] - 1, -126)
 
 
 def _count_not_finite(rows: Tensor) -> str:

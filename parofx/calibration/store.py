@@ -1,8 +1,9 @@
 """What a calibration run keeps on disk, so that a killed one goes on at the block it was in.
 
 A work folder holds `run.json` (a fingerprint of options, weights and data), one `segment-NNN.safetensors` per finished
-segment with its fitted tensors, and `border.safetensors`: the values that cross into the next segment. Each file is
-written under a temporary name and renamed, so a kill leaves the last complete state.
+segment with its fitted tensors, and `border-NNN-P.safetensors`: the values that cross into the segment behind it, of
+the data that process P holds. Each file is written under a temporary name and renamed, so a kill leaves the last
+complete state.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from parofx.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class CalibrationStore:
@@ -36,19 +37,26 @@ class CalibrationStore:
         folder: created if missing.
         fingerprint: identifies options, weights and data; results of another fingerprint are not used.
         resume: use what is there; otherwise start over.
+        process: which of several this is. All but the first must find the folder as that has left it.
 
     Raises:
         DataError: if the folder cannot be made, or holds other files than those of a run.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str, *, resume: bool) -> None:
+    def __init__(self, folder: str | Path, fingerprint: str, *, resume: bool, process: int = 0) -> None:
         self._folder = Path(folder)
+        self._process = process
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"work_dir must be a folder that can be written to, got {folder}: {error}") from error
         header = {"format": _FORMAT, "fingerprint": fingerprint}
         found = self._read_header()
+        if process and found != header:
+            raise DataError(
+                f"work_dir must be one folder that all processes see: process {process} does not find the run of the "
+                f"first one in {self._folder}; choose a shared folder, or leave it out"
+            )
         if not resume or found != header:
             if resume and found is not None:
                 logger.warning(
@@ -57,20 +65,18 @@ class CalibrationStore:
             self._clear()
             _write_atomically(self._folder / "run.json", json.dumps(header).encode())
 
-    def finished(self) -> int:
-        """Return how many segments are finished, counted from the first; only those with a border on disk count.
-
-        Raises:
-            DataError: if the folder is damaged; so do the methods that load.
-        """
-        border = self._folder / "border.safetensors"
-        if not border.exists():
-            return 0
-        with _opened(border) as file:
-            return int(json.loads(file.metadata()["values"])["segment"]) + 1
+    def borders(self) -> list[int]:
+        """Return the segments behind which this process has a border on disk."""
+        return sorted(
+            int(path.name.split("-")[1]) for path in self._folder.glob(f"border-*-{self._process}.safetensors")
+        )
 
     def load_segment(self, index: int) -> tuple[dict[str, Tensor], Any]:
-        """Return the fitted tensors of a finished segment, and what was noted with them."""
+        """Return the fitted tensors of a finished segment, and what was noted with them.
+
+        Raises:
+            DataError: if the folder is damaged; so does `load_borders`.
+        """
         with _opened(self._segment(index)) as file:
             notes = json.loads(file.metadata()["notes"])
             return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118 (not a mapping)
@@ -83,7 +89,7 @@ class CalibrationStore:
         _save(tensors, self._segment(index), {"notes": json.dumps(notes)})
 
     def save_borders(self, index: int, borders: Sequence[Mapping[str, Any]]) -> None:
-        """Write the values behind segment `index`; a later run starts there."""
+        """Write the values behind segment `index`; a later run may start there."""
         flat: dict[str, Tensor] = {}
         plain: list[dict[str, Any]] = []
         devices: dict[str, str] = {}
@@ -92,12 +98,17 @@ class CalibrationStore:
             flat |= {f"{batch}/{name}": value for name, value in tensors_here.items()}
             devices |= {f"{batch}/{name}": str(value.device) for name, value in tensors_here.items()}
             plain.append({name: value for name, value in border.items() if name not in tensors_here})
-        values = json.dumps({"segment": index, "plain": plain, "devices": devices})
-        _save(flat, self._folder / "border.safetensors", {"values": values})
+        _save(flat, self._border(index), {"values": json.dumps({"plain": plain, "devices": devices})})
 
-    def load_borders(self) -> list[dict[str, Any]]:
-        """Return the values behind the last finished segment, per batch, on the devices they were on."""
-        with _opened(self._folder / "border.safetensors") as file:
+    def keep_borders(self, index: int) -> None:
+        """Remove this process's values behind other segments than `index`."""
+        for other in self.borders():
+            if other != index:
+                self._border(other).unlink()
+
+    def load_borders(self, index: int) -> list[dict[str, Any]]:
+        """Return the values behind segment `index`, per batch, on the devices they were on."""
+        with _opened(self._border(index)) as file:
             values = json.loads(file.metadata()["values"])
             borders: list[dict[str, Any]] = values["plain"]
             for key in file.keys():  # noqa: SIM118 (not a mapping)
@@ -107,6 +118,9 @@ class CalibrationStore:
 
     def _segment(self, index: int) -> Path:
         return self._folder / f"segment-{index:03d}.safetensors"
+
+    def _border(self, index: int) -> Path:
+        return self._folder / f"border-{index:03d}-{self._process}.safetensors"
 
     def _read_header(self) -> Any:
         path = self._folder / "run.json"
@@ -123,7 +137,7 @@ class CalibrationStore:
             return None
 
     def _clear(self) -> None:
-        for path in [*self._folder.glob("segment-*.safetensors*"), *self._folder.glob("border.safetensors*")]:
+        for path in [*self._folder.glob("segment-*.safetensors*"), *self._folder.glob("border*.safetensors*")]:
             path.unlink()
 
 

@@ -21,6 +21,8 @@ def print_plan(plan: QuantizationPlan) -> None:
     table.add_row("quantized", f"{len(plan.linears)} linears with {plan.transforms} transforms in {plan.blocks} blocks")
     table.add_row("kept float", reasons or "none")
     table.add_row("data", f"{plan.sequences} sequences, {plan.tokens} tokens" if plan.sequences else "weights alone")
+    if plan.processes > 1:
+        table.add_row("processes", f"{plan.processes}; memory is that of each")
     table.add_row("steps", f"{plan.steps} of the optimizer, {plan.transforms} fits")
     most = "at most " if plan.budget_bytes else ""
     table.add_row(

@@ -85,7 +85,7 @@ def quantize(
     import parofx
 
     if dry_run:
-        with errors_console.status("planning …"):
+        with joined(find_device(device)) as writes, errors_console.status("planning …"):
             plan = parofx.plan_quantization(
                 loaded.model,
                 chosen,
@@ -93,7 +93,8 @@ def quantize(
                 tokenizer=loaded.tokenizer,
                 device=find_device(device),
             )
-        print_plan(plan)
+        if writes:
+            print_plan(plan)
         return
     with joined(find_device(device)) as writes:
         try:

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from parofx.calibration.compensation import fit_corrections
 from parofx.calibration.data_run import DataRun
 from parofx.calibration.fitting import FittedTransform, fit
-from parofx.calibration.processes import process_index
+from parofx.calibration.processes import process_index, together
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.statistics import InputStatistics
 from parofx.config import ParoConfig
@@ -61,7 +61,8 @@ class Calibrate:
                     progress.enter(transform.block)
                     progress.fitted(transform.apply(gm, self._fit_weights(gm, transform)))
             else:
-                DataRun(gm, transforms, self.batches, self.config, partial(self.fit, gm), progress).run()
+                with together():
+                    DataRun(gm, transforms, self.batches, self.config, partial(self.fit, gm), progress).run()
         set_stage(gm, Stage.CALIBRATED)
         report = PassReport(self.name, changed=len(transforms))
         for one in reports_of(gm):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import graphs
 import pytest
 import torch
@@ -12,10 +14,11 @@ import parofx
 from parofx import affine, rotation
 from parofx.calibration.block_fitting import quantized_weights, train_block
 from parofx.calibration.block_student import Student, TrainedTransform, differentiable_qparams
-from parofx.calibration.block_training import BlockData, BlockTrainer, floating_outputs
+from parofx.calibration.block_training import BlockData, BlockTrainer, counting_outputs
 from parofx.calibration.fitting import FittedTransform, fit
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.row_masks import RowMask
+from parofx.calibration.shares import Shares, shares_of
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.stream import BlockStream
 from parofx.config import CalibrationConfig, ParoConfig
@@ -54,7 +57,8 @@ class Block:
         found = {one.name: InputStatistics(one.linears[0].weight.shape[1], G, full=True) for one in self.transforms}
         outputs = list(stream.run(segment, lambda name, rows: found[name].update(rows)))
         self.statistics = {name: (one, None) for name, one in found.items()}
-        self.data = BlockData(arguments, [floating_outputs(one) for one in outputs], stream.masks, held_out)
+        targets = [counting_outputs(self.module, one, {}) for one in outputs]
+        self.data = BlockData(arguments, targets, stream.masks, held_out, shares_of(gm, batches, cut=True))
         self.fits = {one.name: self.fit(one, config) for one in self.transforms}
 
     def fit(self, transform: Transform, config: CalibrationConfig) -> FittedTransform:
@@ -148,7 +152,7 @@ def test_float_weights_give_the_float_blocks_output(block: Block) -> None:
     weights = {linear.name: linear.weight for one in block.transforms for linear in one.linears}
     for given, target in zip(block.data.arguments, block.data.targets, strict=True):
         for chosen in (weights, {}):
-            (output,) = floating_outputs(Student(block.module, chosen).run(*given))
+            (output,) = counting_outputs(block.module, Student(block.module, chosen).run(*given), {})
             torch.testing.assert_close(output, target[0], rtol=1e-4, atol=1e-4)
 
 
@@ -247,7 +251,7 @@ def test_errors_are_against_the_float_weights() -> None:
 
 
 def test_without_held_out_batches_all_are_compared_on(block: Block) -> None:
-    data = BlockData(block.data.arguments, block.data.targets, block.data.masks, BATCHES)
+    data = dataclasses.replace(block.data, held_out=BATCHES)
     assert list(data.training()) == list(data.validation()) == list(range(BATCHES))
     assert list(block.data.validation()) == [3]
 
@@ -258,13 +262,15 @@ def test_rows_that_are_masked_out_do_not_count(block: Block, monkeypatch: pytest
     for node in block.module.graph.output_node().all_input_nodes:
         monkeypatch.setitem(node.meta, "parofx_row_mask", RowMask("rows", transposed=False))
     weights = quantized_weights(block.transforms, block.fits)
-    target = [[one.clone() for one in targets] for targets in block.data.targets]
-    for (one,) in target:
-        one[5:] = 1e6
-    data = BlockData(block.data.arguments, target, [{"rows": mask}] * BATCHES, 0)
+    output = torch.cat([block.data.targets[0][0][:5], torch.full((19, K), 1e6)])
+    (target,) = counting_outputs(block.module, output, {"rows": mask})
+    assert torch.equal(target, output[:5])
+    shares = Shares([{}] * BATCHES, list(range(BATCHES)), BATCHES, BATCHES)
+    targets = [[one[:5] for one in targets] for targets in block.data.targets]
+    data = BlockData(block.data.arguments, targets, [{"rows": mask}] * BATCHES, 0, shares)
     cut = BlockData(
         [[one[:5] if len(one) == 24 else one for one in given] for given in block.data.arguments],
-        [[one[:5] for one in targets] for targets in block.data.targets], [{"rows": mask[:5]}] * BATCHES, 0,
+        targets, [{"rows": mask[:5]}] * BATCHES, 0, shares,
     )  # fmt: skip
     losses = [BlockTrainer(block.module, [], one, settings()).loss(weights) for one in (data, cut)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

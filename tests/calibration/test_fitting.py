@@ -107,8 +107,7 @@ def test_damping_is_the_best_on_held_out_input():
         config = CalibrationConfig(damping=candidates)
         return choose_damping(weight, scales, zeros, observed.gram, held_out.gram, bits=4, config=config)
 
-    assert chosen(few, few) == 0.001
-    assert chosen(few, many) > 0.001
+    assert chosen(few, few) < chosen(few, many)
     everything = statistics(1, full=True, rows=24)
     everything.merge(many)
     assert fitted(observed=everything, held_out=many, damping=candidates).damping > 0.001

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import graphs
 import pytest
 import tiny
 import torch
@@ -15,39 +17,81 @@ from safetensors.torch import load_file
 
 import parofx
 from parofx import CalibrationConfig, ParoConfig
+from parofx.calibration import processes as processes_module
+from parofx.calibration.store import CalibrationStore
 from parofx.cli.processes import joined
 from parofx.errors import ConfigError, DataError
 
 #: One process: its place among how many, the file they meet at, its output folder.
 PROCESS = """
-import sys, torch, torch.distributed as dist, tiny, parofx
+import logging, sys, torch.distributed as dist
 from pathlib import Path
-from test_processes import CONFIGS, data, results
+from test_processes import CASES, interrupt, quantized
 from safetensors.torch import save_file
 place, count, meeting, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=place, world_size=count)
-for name, config in CONFIGS.items():
-    model = tiny.model()
-    report = parofx.quantize(model, config, calibration=data(), progress=True)
-    save_file(results(model, report), folder / f"{name}-{place}.safetensors")
+for name in CASES:
+    save_file(quantized(name, progress=True), folder / f"{name}-{place}.safetensors")
+logging.basicConfig(level="INFO")
+interrupt("smooth", folder / "work", place)
+save_file(quantized("smooth", work_dir=str(folder / "work")), folder / f"resumed-{place}.safetensors")
 dist.destroy_process_group()
 """
 FAST = CalibrationConfig(steps=3, seqlen=16, samples=6, batch_size=1, validation_samples=2)
-CONFIGS = {
-    "feedback": ParoConfig(calibration=FAST),
-    # One of the processes gets one batch more, and none of them has all held-out ones.
-    "nearest": ParoConfig(
-        group_size=32, calibration=CalibrationConfig(steps=3, samples=5, batch_size=1, rounding="nearest")
-    ),
-    "budget": ParoConfig(group_size=32, krot=2, calibration=replace(FAST, bits_budget=6.0)),
-}
+TRAINED = replace(
+    FAST, autocast=False, transform_epochs=2, tune_epochs=2, distill_epochs=2, transform_learning_rate=1e-3
+)
 
 
 def data() -> torch.Tensor:
     return torch.randint(3, len(tiny.WORDS), (6, 16), generator=torch.Generator().manual_seed(0))
 
 
-def results(model: torch.nn.Module, report: parofx.QuantizationReport) -> dict[str, torch.Tensor]:
+def padded() -> list[dict[str, torch.Tensor]]:
+    """Return batches of three sequences: two processes have unequal parts of each, and unequally many tokens.
+
+    There are enough tokens for codes to be well determined: else rounding amplifies the order of sums.
+    """
+    ids = torch.randint(3, 512, (6, 64), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(64) < torch.tensor([64, 17, 33, 64, 9, 41])[:, None]).long()
+    return [{"input_ids": ids[part], "attention_mask": mask[part]} for part in (slice(0, 3), slice(3, 6))]
+
+
+def rows() -> list[torch.Tensor]:
+    """Return batches of two, of three, and of one sequence, of which one process has nothing."""
+    return [graphs.rows(count, 4, 64, seed=count) for count in (2, 3, 1, 2)]
+
+
+#: Name → the model, how it is quantized, the data.
+CASES = {
+    "feedback": (tiny.model, ParoConfig(calibration=FAST), data),
+    # One of the processes gets one batch more, and none of them has all held-out ones.
+    "nearest": (
+        tiny.model,
+        ParoConfig(group_size=32, calibration=CalibrationConfig(steps=3, samples=5, batch_size=1, rounding="nearest")),
+        data,
+    ),
+    "budget": (tiny.model, ParoConfig(group_size=32, krot=2, calibration=replace(FAST, bits_budget=6.0)), data),
+    "trained": (
+        partial(tiny.model, vocab_size=512), ParoConfig(bits=3, group_size=32, krot=2, calibration=TRAINED), padded
+    ),
+    "smooth": (
+        lambda: graphs.Stack(2).eval(),
+        ParoConfig(
+            group_size=32, krot=2,
+            calibration=replace(TRAINED, weight_epochs=2, rounding="nearest", block_loss="smooth_l1", samples=8),
+        ),
+        rows,
+    ),
+}  # fmt: skip
+
+
+def quantized(name: str, *, progress: bool = False, work_dir: str | None = None) -> dict[str, torch.Tensor]:
+    """Quantize a case; return the linears' tensors, and what the report says of them and of training."""
+    make, config, given = CASES[name]
+    config = replace(config, calibration=replace(config.calibration, work_dir=work_dir))
+    model = make()
+    report = parofx.quantize(model, config, calibration=given(), progress=progress)
     tensors = {
         f"{name}.{key}": tensor.contiguous().clone()
         for name, module in model.named_modules()
@@ -55,7 +99,25 @@ def results(model: torch.nn.Module, report: parofx.QuantizationReport) -> dict[s
         for key, tensor in module.checkpoint_tensors().items()
     }
     errors = [one.relative_error for one in report.linears] + [one.loss_after for one in report.transforms]
+    errors += [loss for block in report.blocks for stage in block.stages for loss in (stage.before, stage.after)]
     return tensors | {"report": torch.tensor(errors, dtype=torch.float64)}
+
+
+def interrupt(name: str, folder: Path, place: int) -> None:
+    """Begin a case in a work folder; it ends where the first process has written a border and the second has not."""
+    with pytest.MonkeyPatch.context() as patch:
+        save = CalibrationStore.save_borders
+
+        def fail(store: CalibrationStore, index: int, borders: list) -> None:
+            if (index, place) == (1, 1):
+                raise OSError("no space left")
+            save(store, index, borders)
+
+        patch.setattr(CalibrationStore, "save_borders", fail)
+        with pytest.raises(
+            OSError if place else DataError, match="no space left" if place else "process 1: OSError: no space"
+        ):
+            quantized(name, work_dir=str(folder))
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen:
@@ -71,11 +133,9 @@ def test_two_processes_find_what_one_does(tmp_path):
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert "calibrate" in outputs[0]
-    assert "calibrate" not in outputs[1], "only the first process shows progress"
-    for name, config in CONFIGS.items():
-        model = tiny.model()
-        report = parofx.quantize(model, config, calibration=data(), progress=False)
-        expected = results(model, report)
+    assert "calibrate" not in outputs[1].split("INFO:")[0], "only the first process shows progress"
+    for name in CASES:
+        expected = quantized(name)
         first, second = (load_file(tmp_path / f"{name}-{place}.safetensors") for place in range(2))
         assert first.keys() == second.keys() == expected.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
@@ -85,6 +145,15 @@ def test_two_processes_find_what_one_does(tmp_path):
                 torch.testing.assert_close(first[key], tensor, rtol=2e-3, atol=2e-3)
             else:
                 assert int((first[key] != tensor).sum()) <= 0.01 * tensor.numel(), key
+        # Losses of training among them; sums of rounded rows are the same but for their order.
+        torch.testing.assert_close(first["report"], expected["report"], rtol=1e-3, atol=0.0)
+    for place, output in enumerate(outputs):
+        resumed, smooth = (load_file(tmp_path / f"{name}-{place}.safetensors") for name in ("resumed", "smooth"))
+        assert all(torch.equal(resumed[key], smooth[key]) for key in smooth), "goes on to the same bits"
+        assert "resuming calibration after 1 of" in output
+    assert {path.name for path in (tmp_path / "work").glob("border*")} == {
+        f"border-001-{place}.safetensors" for place in range(2)
+    }
 
 
 #: As PROCESS, once with a row that overflows in one process's share, once with two different models.
@@ -142,27 +211,17 @@ def test_a_world_without_a_launcher_is_refused(monkeypatch):
 
 @pytest.fixture
 def claimed(monkeypatch):
-    """Say that there are two processes; nothing is sent."""
+    """Say that there are two processes; nothing is sent, the other says the same."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(processes_module, "_gather", lambda message: [message, message])
 
 
 def test_each_process_needs_a_batch(claimed):
     config = ParoConfig(calibration=CalibrationConfig(samples=6, batch_size=6))
     with pytest.raises(DataError, match=r"a batch for each process, got 1 for 2 processes: .* smaller batches"):
         parofx.quantize(tiny.model(), config, calibration=data(), progress=False)
-
-
-def test_what_is_for_one_process(claimed, tmp_path):
-    for options, message in (
-        ({"recipe": "best"}, "recipes that train run in one process, got recipe 'best' in 2"),
-        ({"work_dir": str(tmp_path)}, "work_dir is for a run in one process, got 2"),
-    ):
-        config = ParoConfig(calibration=CalibrationConfig(samples=6, batch_size=1, **options))
-        with pytest.raises(ConfigError, match=message):
-            parofx.quantize(tiny.model(), config, calibration=data(), progress=False)
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_under_torchrun_writes_once(tmp_path):

@@ -195,3 +195,24 @@ def test_merge_of_other_sizes() -> None:
 def test_state_that_is_not_one(tensors: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ShapeError, match="statistics must hold count and group_size int64"):
         InputStatistics.from_tensors(tensors)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_rows_count_alike_in_whatever_batches_they_come(full):
+    rows = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    rows[4] *= 1.3e5
+    found = []
+    for size in (6, 1):
+        found.append(InputStatistics(64, 32, full=full))
+        for part in rows.split(size):
+            found[-1].update(part)
+    small = [one.block_gram / one.block_gram.amax() for one in found]
+    torch.testing.assert_close(small[0], small[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("peak", [1e-45, 1e-38, 3e38])
+def test_rows_of_any_size_are_summed(peak):
+    statistics = InputStatistics(32, 32)
+    statistics.update(torch.full((2, 32), peak))
+    assert statistics._sums.isfinite().all()
+    assert (statistics._sums > 0).all()

@@ -72,10 +72,13 @@ def test_borders_come_back_with_their_kinds(tmp_path):
         {"hidden": whole[:, 1:3], "again": whole[:, 1:3], "mask": None, "size": 6, "scale": 0.5, "flag": True},
         {"hidden": torch.zeros(0, 2, dtype=torch.bfloat16), "mask": torch.tensor([True])},
     ]
-    assert store.finished() == 0
+    assert store.borders() == []
+    store.save_borders(2, [])
     store.save_borders(3, borders)
-    assert store.finished() == 4
-    loaded = CalibrationStore(tmp_path, "a", resume=True).load_borders()
+    assert store.borders() == [2, 3]
+    store.keep_borders(3)
+    assert store.borders() == [3]
+    loaded = CalibrationStore(tmp_path, "a", resume=True).load_borders(3)
     assert len(loaded) == 2
     for one, other in zip(loaded, borders, strict=True):
         assert one.keys() == other.keys()
@@ -96,19 +99,20 @@ def test_only_results_of_the_same_run_are_used(tmp_path, caplog, digest, resume,
     store.save_borders(0, [{}])
     (tmp_path / "segment-001.safetensors.tmp").write_bytes(b"half a file, left by a kill")
     again = CalibrationStore(tmp_path, digest, resume=resume)
-    assert again.finished() == (1 if kept else 0)
+    assert again.borders() == ([0] if kept else [])
     assert (tmp_path / "segment-000.safetensors").exists() == kept
     assert json.loads((tmp_path / "run.json").read_text())["fingerprint"] == digest
     assert ("holds a run with other options, weights or data: starting over" in caplog.text) == (digest == "b")
 
 
-@pytest.mark.parametrize("name", ["border", "segment-000", "segment-001"])
+@pytest.mark.parametrize("name", ["border-001-0", "segment-000", "segment-001"])
 @pytest.mark.parametrize("how", ["truncated", "missing", "foreign"])
 def test_a_damaged_folder_is_named(tmp_path, name, how):
     store = CalibrationStore(tmp_path, "a", resume=True)
     for index in range(2):
         store.save_segment(index, pack_fit("x", fitted(index)))
         store.save_borders(index, [{"hidden": torch.ones(3)}])
+        store.keep_borders(index)
     path = tmp_path / f"{name}.safetensors"
     content = path.read_bytes()
     path.unlink()
@@ -117,10 +121,11 @@ def test_a_damaged_folder_is_named(tmp_path, name, how):
 
     def resume():
         again = CalibrationStore(tmp_path, "a", resume=True)
-        return [again.load_segment(index) for index in range(again.finished())], again.load_borders()
+        (last,) = again.borders()
+        return [again.load_segment(index) for index in range(last + 1)], again.load_borders(last)
 
-    if (name, how) == ("border", "missing"):
-        assert store.finished() == 0
+    if (name, how) == ("border-001-0", "missing"):
+        assert store.borders() == []
     else:
         with pytest.raises(DataError, match=rf"work_dir .* is damaged \({name}\.safetensors.*resume=False"):
             resume()
@@ -136,7 +141,20 @@ def test_an_unreadable_header_starts_over(tmp_path):
     store = CalibrationStore(tmp_path, "a", resume=True)
     store.save_borders(0, [{}])
     (tmp_path / "run.json").write_text("{")
-    assert CalibrationStore(tmp_path, "a", resume=True).finished() == 0
+    assert CalibrationStore(tmp_path, "a", resume=True).borders() == []
+
+
+def test_processes_have_borders_of_their_own_in_one_folder(tmp_path):
+    with pytest.raises(DataError, match=r"one folder that all processes see: process 1 does not find the run"):
+        CalibrationStore(tmp_path, "a", resume=True, process=1)
+    first = CalibrationStore(tmp_path, "a", resume=True)
+    second = CalibrationStore(tmp_path, "a", resume=True, process=1)
+    first.save_borders(0, [{"hidden": torch.zeros(3)}])
+    second.save_borders(0, [{"hidden": torch.ones(3)}])
+    second.save_borders(1, [])
+    first.keep_borders(1)
+    assert (first.borders(), second.borders()) == ([], [0, 1])
+    assert second.load_borders(0)[0]["hidden"].sum() == 3
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

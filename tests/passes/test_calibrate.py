@@ -458,7 +458,7 @@ class TestWorkDir:
         (tmp_path / "notes.txt").write_text("mine")
         (tmp_path / "segment-000.safetensors").write_bytes(b"old")
         store = CalibrationStore(tmp_path, "one", resume=True)
-        assert store.finished() == 0
+        assert store.borders() == []
         assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "run.json"]
 
 
