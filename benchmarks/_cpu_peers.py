@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -112,13 +112,20 @@ def _onnx_model(weight: Codes) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
+@cache
+def _onnx_threads(threads: int) -> None:
+    import onnxruntime
+
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+
+
 def _onnx_linear(model: bytes, x: Tensor, threads: int) -> Call:
     import onnxruntime
 
+    _onnx_threads(threads)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Threads that go on spinning would take the cores from whoever is measured next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # All layers share a pool, as those of one model do.
+    options.use_per_session_threads = False
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     binding.bind_cpu_input("A", x.float().numpy())

@@ -2,12 +2,12 @@
 
     python -m benchmarks.bench_cpu_linear [--shape 4096x4096] [--rows 1 16 128] [--threads 1]
 
-All paths run in one process, in turn; weights are distinct and together larger than the last-level cache, so that
-decoding reads memory. In every round the read bandwidth is measured too, by a sum, which can fall short of what the
-memory gives: then shares exceed 100 %. Rounds in which it fell by a fifth were disturbed by something else on the
-machine and are left out of the medians. Errors are relative to fp64 on the same codes, each path in its own
-coordinates; ggml, whose formats cannot hold the codes, quantizes anew. Results go to
-benchmarks/results/cpu_linear.json; --plot also draws them.
+All paths run in one process, in an order that changes from round to round, each timed call behind another of its own
+path. Weights are distinct and together larger than the last-level cache, so that decoding reads memory. In every round
+the read bandwidth is measured too, by a sum, which can fall short of what the memory gives: then shares exceed 100 %.
+Rounds in which it fell by a fifth were disturbed by something else on the machine and are left out of the medians.
+Errors are relative to fp64 on the same codes, each path in its own coordinates; ggml, whose formats cannot hold the
+codes, quantizes anew. Results go to benchmarks/results/cpu_linear.json; --plot also draws them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -84,11 +85,11 @@ def _options() -> argparse.Namespace:
 
 def _measure_shape(in_features: int, out_features: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     weight = _random_codes(in_features, out_features)
-    random = torch.Generator().manual_seed(1)
-    order = torch.rand(KROT, in_features // GROUP_SIZE, GROUP_SIZE, generator=random).argsort(-1)
+    generator = torch.Generator().manual_seed(1)
+    order = torch.rand(KROT, in_features // GROUP_SIZE, GROUP_SIZE, generator=generator).argsort(-1)
     pairs = order.reshape(KROT, in_features).to(torch.int16)
-    theta = torch.randn(KROT, in_features // 2, generator=random).half()
-    scales = (0.5 + torch.rand(1, in_features, generator=random)).half()
+    theta = torch.randn(KROT, in_features // 2, generator=generator).half()
+    scales = (0.5 + torch.rand(1, in_features, generator=generator)).half()
     packed = cpu_ops.pack_codes(weight.codes, weight.zeros, weight.scales, GROUP_SIZE)
     blob = cpu_ops.pack_rotation(pairs, theta, scales, GROUP_SIZE)
     count = max(2, (options.weights_mib << 20) // packed[0].nbytes)
@@ -99,7 +100,7 @@ def _measure_shape(in_features: int, out_features: int, options: argparse.Namesp
 
     results = []
     for rows in options.rows:
-        x = torch.randn(rows, in_features, generator=random).bfloat16()
+        x = torch.randn(rows, in_features, generator=generator).bfloat16()
         rotated = rotation.rotate(x.double(), pairs, theta.double(), scales.double(), GROUP_SIZE)
         paths: dict[str, list[Call]] = {}
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -129,11 +130,12 @@ def _measure_shape(in_features: int, out_features: int, options: argparse.Namesp
 
 
 def _random_codes(in_features: int, out_features: int) -> Codes:
-    random = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     groups = in_features // GROUP_SIZE
-    codes = torch.randint(0, 16, (in_features, out_features), generator=random, dtype=torch.uint8)
-    zeros = torch.randint(4, 12, (groups, out_features), generator=random, dtype=torch.uint8)
-    return Codes(codes, zeros, (0.002 + 0.01 * torch.rand(groups, out_features, generator=random)).half(), GROUP_SIZE)
+    codes = torch.randint(0, 16, (in_features, out_features), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(4, 12, (groups, out_features), generator=generator, dtype=torch.uint8)
+    scales = 0.002 + 0.01 * torch.rand(groups, out_features, generator=generator)
+    return Codes(codes, zeros, scales.half(), GROUP_SIZE)
 
 
 def _copies(peer: Peer, weight: Codes, count: int) -> list[Any]:
@@ -157,6 +159,8 @@ def _interleave(paths: dict[str, list[Call]], weight_bytes: int, seconds: float)
     stream = torch.ones(max(256 << 20, weight_bytes) // 4)
     part = weight_bytes // 4
     rounds: list[dict[str, float]] = []
+    # A different order in each round: what ran before a path is not always the same.
+    order, shuffled = list(enumerate(paths.items())), random.Random(0)
     for calls in paths.values():
         for call in calls:
             call()  # some pack weights at the first call
@@ -165,13 +169,17 @@ def _interleave(paths: dict[str, list[Call]], weight_bytes: int, seconds: float)
         index = len(rounds)
         begin = index * part % (stream.numel() - part + 1)
         now = {"read": _seconds(lambda begin=begin: stream[begin : begin + part].sum())}  # type: ignore[misc]
-        for offset, (name, calls) in enumerate(paths.items()):
+        shuffled.shuffle(order)
+        for offset, (name, calls) in order:
             # The paths share weights: each is elsewhere in them than the one before.
-            now[name] = _seconds(calls[(index + offset * (len(calls) // len(paths) + 1)) % len(calls)])
+            at = index + offset * (len(calls) // len(paths) + 1)
+            # Layers follow layers of their own library, whose threads are awake and the others' asleep.
+            calls[(at - 1) % len(calls)]()
+            now[name] = _seconds(calls[at % len(calls)])
         rounds.append(now)
     usual = statistics.median(each["read"] for each in rounds)
     kept = [each for each in rounds[1:] if each["read"] <= usual / UNDISTURBED]
-    medians = {name: statistics.median(each[name] for each in kept) for name in kept[0]}
+    medians = {name: statistics.median(each[name] for each in kept) for name in ("read", *paths)}
     read = medians.pop("read")
     return {name: 1e6 * value for name, value in medians.items()}, weight_bytes / read, len(kept)
 

@@ -82,17 +82,21 @@ void decode_group(const MultiplyJob& job, int64_t group, int chunks, uint32_t* o
                                         : job.block.weight + group * chunks * kBlockColumns * sizeof(uint32_t);
   const uint8_t* zeros = job.block.zeros + group * kBlockColumns;
   const int64_t ahead = prefetch_distance(job);
-  for (int half = 0; half < 2; ++half) {
+  const auto offset_of = [&](int half) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + half * 16));
-    const __m512i offset = Tiles::offset(_mm512_cvtepu8_epi32(bytes));
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+    return Tiles::offset(_mm512_cvtepu8_epi32(bytes));
+  };
+  const __m512i offsets[2] = {offset_of(0), offset_of(1)};
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
       const uint8_t* from = weight + chunk * kBlockColumns * sizeof(uint32_t) + half * 64;
       const __m512i words = _mm512_loadu_si512(from);
       Simd512::prefetch(from + ahead);
 #pragma GCC unroll 4
       for (int step = 0; step < Tiles::kSteps; ++step) {
         uint32_t* to = out + (chunk * Tiles::kSteps + step) * kBlockColumns + half * 16;
-        _mm512_store_si512(to, Tiles::decode(words, step, offset));
+        _mm512_store_si512(to, Tiles::decode(words, step, offsets[half]));
       }
     }
   }

@@ -59,13 +59,19 @@ void decode_scaled(const MultiplyJob& job, int64_t group, uint32_t* out) {
   alignas(64) uint16_t order[32];
   for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
   const __m512i interleaved = _mm512_load_si512(order);
-  for (int half = 0; half < 2; ++half) {
-    const int64_t column = group * kBlockColumns + half * 16;
-    const __m512 scale = Simd512::load_as<DType::f16>(job.block.scales, column);
-    const __m512 shift = _mm512_mul_ps(scale, Simd512::load_bytes(job.block.zeros + column));
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+  const int64_t column = group * kBlockColumns;
+  const auto scale_of = [&](int half) { return Simd512::load_as<DType::f16>(job.block.scales, column + half * 16); };
+  const __m512 scales[2] = {scale_of(0), scale_of(1)};
+  const auto shift_of = [&](int half) {
+    return _mm512_mul_ps(scales[half], Simd512::load_bytes(job.block.zeros + column + half * 16));
+  };
+  const __m512 shifts[2] = {shift_of(0), shift_of(1)};
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
       const uint8_t* from = weight + chunk * chunk_bytes + half * 64;
       const __m512i words = _mm512_loadu_si512(from);
+      const __m512 scale = scales[half], shift = shifts[half];
       Simd512::prefetch(from + ahead);
 #pragma GCC unroll 4
       for (int step = 0; step < kSteps; ++step) {
