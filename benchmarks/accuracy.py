@@ -66,6 +66,7 @@ ROWS: dict[str, tuple[ParoConfig, bool]] = {
     "ablation: no transform": (ParoConfig(krot=0, calibration=replace(FAST, steps=0)), True),
     "ablation: channel scales only": (ParoConfig(krot=0, calibration=FAST), True),
     "ablation: 2 rotations": (ParoConfig(krot=2, calibration=FAST), True),
+    "ablation: range objective": (ParoConfig(calibration=replace(FAST, objective="range")), True),
     "ablation: no clip search": (ParoConfig(calibration=replace(FAST, clip_ratios=(1.0,))), True),
     "ablation: no sweeps": (ParoConfig(calibration=replace(FAST, sweeps=0)), True),
     "ablation: damping 0.1": (ParoConfig(calibration=replace(FAST, damping=(0.1,))), True),

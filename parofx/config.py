@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from parofx.calibration.recipes import RECIPES
+from parofx.calibration.recipes import RECIPES, UNSHARED
 from parofx.errors import ConfigError, one_per_line
 
 #: Bit widths the quantizer computes.
@@ -29,11 +29,13 @@ PairMethod = Literal["matching", "greedy"]
 Activations = Literal["float", "int8"]
 ACTIVATIONS: tuple[Activations, ...] = ("float", "int8")
 RoundingMethod = Literal["nearest", "feedback"]
+Objective = Literal["range", "ldl"]
 BlockLoss = Literal["relative", "smooth_l1"]
 RowWeights = Literal["relative", "equal"]
 #: The options of calibration that are one of a few words.
 _CHOICES = {
     "recipe": tuple(RECIPES),
+    "objective": ("range", "ldl"),
     "pairs": ("matching", "greedy"),
     "rounding": ("nearest", "feedback"),
     "block_loss": ("relative", "smooth_l1"),
@@ -57,6 +59,8 @@ class CalibrationConfig:
         learning_rate: of AdamW on the angles and on the logarithm of the channel scales, on the range objective;
             cosine to a twentieth.
         rows: output channels sampled per step (all of them if a layer has fewer).
+        objective: what angles and channel scales make small: `"range"`, the error of rounding to nearest, or `"ldl"`,
+            what error feedback leaves of it. Without data, or rounded to nearest, it is `"range"` in any case.
         pairs: how channel pairs are chosen: `"matching"` (perfect matchings, no dummy pairs) or `"greedy"`
             (the paper's random scan).
         row_weights: how much a token's row counts in the statistics of a transform's input: `"relative"` to the
@@ -98,6 +102,7 @@ class CalibrationConfig:
     steps: int = _BY_RECIPE
     learning_rate: float = 0.1
     rows: int = _BY_RECIPE
+    objective: Objective = _BY_RECIPE
     pairs: PairMethod = _BY_RECIPE
     row_weights: RowWeights = _BY_RECIPE
     clip_ratios: tuple[float, ...] = _BY_RECIPE
@@ -198,7 +203,8 @@ class ParoConfig:
             whole model (or per layer with `mixed_group_size`).
         krot: rotation rounds; 0 leaves only the channel scales.
         modules_to_not_convert: module names or glob patterns (`"model.layers.0.*"`) left float.
-        share_siblings: one transform for all linears of a block that read the same tensor.
+        share_siblings: one transform for all linears of a block that read the same tensor, rather than one for each,
+            which is more accurate, takes as many bits and rotates more often. None shares unless the recipe is `"best"`.
         lm_head: "float" leaves the output head as it is, 4 or 8 quantizes it to so many bits. An embedding table that
             it is tied to stays float and is stored beside it.
         mixed_group_size: choose the group size per layer.
@@ -209,7 +215,7 @@ class ParoConfig:
     group_size: int = 128
     krot: int = 8
     modules_to_not_convert: tuple[str, ...] = ()
-    share_siblings: bool = True
+    share_siblings: bool = _BY_RECIPE
     lm_head: Literal["float", 4, 8] = "float"
     mixed_group_size: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -233,12 +239,15 @@ class ParoConfig:
         if not isinstance(self.group_size, int) or self.group_size not in (128, *FALLBACK_GROUP_SIZES):
             problems.append(f"group_size must be one of (128, 64, 32), got {self.group_size!r}")
         problems += _check_int("krot", self.krot, 0)
-        problems += _check_bool("share_siblings", self.share_siblings)
         problems += _check_bool("mixed_group_size", self.mixed_group_size)
         if self.lm_head not in ("float", *HEAD_BITS) or isinstance(self.lm_head, (bool, float)):
             problems.append(f"lm_head must be one of {('float', *HEAD_BITS)}, got {self.lm_head!r}")
         if not isinstance(self.calibration, CalibrationConfig):
             problems.append(f"calibration must be a CalibrationConfig, got {type(self.calibration).__name__}")
+        elif self.share_siblings is _BY_RECIPE:
+            object.__setattr__(self, "share_siblings", self.calibration.recipe not in UNSHARED)
+        if self.share_siblings is not _BY_RECIPE:
+            problems += _check_bool("share_siblings", self.share_siblings)
         _raise_if(problems, "ParoConfig")
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from parofx import affine, rotation
+from parofx.calibration.activation_energy import FeedbackEnergy
 from parofx.calibration.feedback import RoundedWeight, damped, output_error, round_with_feedback
 from parofx.calibration.precision import product_precision
 from parofx.calibration.range_objective import fit_transform
@@ -96,6 +97,9 @@ def fit(
         config: how to fit and to round.
     """
     device = weights[0].device
+    energy = None
+    if config.objective == "ldl" and statistics is not None and statistics.full:
+        energy = FeedbackEnergy(statistics.gram.to(device), group_size, config.damping[len(config.damping) // 2])
     with torch.enable_grad():
         found = fit_transform(
             weights,
@@ -105,6 +109,7 @@ def fit(
             krot=krot,
             config=config,
             seed=config.seed,
+            energy=energy,
         )
     pairs, theta, channel_scales = (one.to(device) for one in (found.pairs, found.theta, found.channel_scales))
     transform = Rotated(pairs, theta, channel_scales, group_size)

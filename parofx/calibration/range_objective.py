@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from parofx.affine import quant_max
+from parofx.calibration.activation_energy import ActivationEnergy, DiagonalEnergy
 from parofx.calibration.dense_rounds import DenseRounds
 from parofx.calibration.guess_power import guess_power
 from parofx.config import CalibrationConfig
 from parofx.errors import DataError, ShapeError
 from parofx.pairing import make_pairs, trainable_angles
 
-#: Input channels below this share of their group's mean power count as that: they may just have been silent so far.
-POWER_FLOOR = 1e-4
 #: Bound of |log2 α|, with a margin to fp16's normal numbers, 2^-14 to 2^15.
 LARGEST_LOG2_ALPHA = 13.0
 #: α's free factor per group is 1 where the root mean square of the steps then lies in here, else it moves them in:
@@ -70,6 +69,7 @@ def fit_transform(
     krot: int,
     config: CalibrationConfig,
     seed: int,
+    energy: ActivationEnergy | None = None,
 ) -> TransformFit:
     """Fit one transform for linears that share it.
 
@@ -81,6 +81,7 @@ def fit_transform(
         krot: rotation rounds; with 0 only scales are fitted.
         config: `steps`, `learning_rate`, `rows` and `pairs` are used.
         seed: of pairs and sampled rows.
+        energy: what a step costs, on the weights' device; None is that of rounding to nearest, with `power`.
 
     Raises:
         ShapeError: if the weights or `power` do not fit together.
@@ -90,7 +91,8 @@ def fit_transform(
     in_features = weight.shape[1]
     pairs = make_pairs(in_features, group_size, krot, method=config.pairs, seed=seed).to(weight.device)
     power = guess_power(weight) if power is None else _checked_power(power, in_features).to(weight.device)
-    objective = RangeObjective(weight, power, pairs, bits=bits, group_size=group_size)
+    energy = energy or DiagonalEnergy(power, group_size)
+    objective = RangeObjective(weight, energy, pairs, bits=bits, group_size=group_size)
     start = weight.new_zeros(krot, in_features // 2), weight.new_zeros(in_features)
     fitted = _minimise(objective, *start, config, seed) if config.steps else start
     theta_0, scales_0 = _rounded(objective, *start, peak)
@@ -100,13 +102,13 @@ def fit_transform(
     better = after < before
     theta = torch.where(better.repeat_interleave(group_size // 2), theta_1, theta_0)
     scales = torch.where(better.repeat_interleave(group_size), scales_1, scales_0)
-    energy = objective.output_energy()
+    output = _output_energy(weight, energy.power)
     return TransformFit(
         pairs=pairs,
         theta=theta,
         channel_scales=scales[None],
-        loss_before=before.sum().item() / energy,
-        loss_after=torch.minimum(before, after).sum().item() / energy,
+        loss_before=before.sum().item() / output,
+        loss_after=torch.minimum(before, after).sum().item() / output,
         improved=bool(better.any()),
     )
 
@@ -116,13 +118,15 @@ class RangeObjective:
 
     Args:
         weight: fp32 `(N, K)`, of magnitude about 1.
-        power: fp32 `(K,)`, not negative.
+        energy: what a step costs.
         pairs: int16 `(krot, K)`.
         bits: width of a weight.
         group_size: channels per group.
     """
 
-    def __init__(self, weight: Tensor, power: Tensor, pairs: Tensor, *, bits: int, group_size: int) -> None:
+    def __init__(
+        self, weight: Tensor, energy: ActivationEnergy, pairs: Tensor, *, bits: int, group_size: int
+    ) -> None:
         self.weight = weight
         self.group_size = group_size
         self.trainable = trainable_angles(pairs, group_size)
@@ -130,15 +134,13 @@ class RangeObjective:
         self.quant_max = quant_max(bits)
         # As large as the sampled rows, and kept between steps: fresh pages would cost more than the arithmetic.
         self._buffers = (weight.new_empty(0), weight.new_empty(0))
-        grouped = power.view(-1, group_size)
-        mean = grouped.mean(1, keepdim=True)
-        # A group whose inputs are all silent is fitted as if they were all alike.
-        self._floored_power = torch.where(mean > 0, grouped.clamp(min=POWER_FLOOR * mean), 1.0)
+        self._energy = energy
 
     def gradients(self, theta: Tensor, log_alpha: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Return the gradients of `Σ_g log L_g` on some output channels: `(krot, K/2)` for θ and `(K,)` for log α."""
         alpha = log_alpha.exp().view(-1, 1, self.group_size)
-        scaled = self.rounds.forward(theta) * alpha  # [groups, out, in]
+        matrices = self.rounds.forward(theta)
+        scaled = matrices * alpha  # [groups, out, in]
         columns = self._columns(self.weight[rows])
         shape = (*scaled.shape[:2], columns.shape[2])
         if self._buffers[0].shape != shape:
@@ -150,15 +152,18 @@ class RangeObjective:
         # d log S_g / d rotated is non-zero at the extremes of each row only.
         at_extremes = torch.eq(rotated, high, out=self._buffers[1]).sub_(rotated.eq_(low)).mul_(slope)
         grad_scaled = torch.bmm(at_extremes, columns.transpose(1, 2))
-        energy = self._floored_power / alpha[:, 0].square()
-        grad_log_alpha = (grad_scaled * scaled).sum(1) - 2 * energy / energy.sum(1, keepdim=True)
-        return self.rounds.backward(grad_scaled * alpha) * self.trainable, grad_log_alpha.view(-1)
+        from_energy, of_energy = self._energy.gradients(matrices, alpha)
+        grad_log_alpha = (grad_scaled * scaled).sum(1) + of_energy
+        grad = grad_scaled * alpha
+        if from_energy is not None:
+            grad += from_energy
+        return self.rounds.backward(grad) * self.trainable, grad_log_alpha.view(-1)
 
     def losses(self, theta: Tensor, log_alpha: Tensor) -> Tensor:
         """Return `L_g (K/g,)` in fp64 on all output channels."""
-        alpha = log_alpha.exp().view(-1, self.group_size)
-        energy = (self._floored_power / alpha.square()).double().sum(1)
-        return self.squared_steps(theta, log_alpha) * energy / 12
+        squared_steps = self.squared_steps(theta, log_alpha)
+        alpha = log_alpha.exp().view(-1, 1, self.group_size)
+        return squared_steps * self._energy.totals(self.rounds.forward(theta), alpha) / 12
 
     def squared_steps(self, theta: Tensor, log_alpha: Tensor) -> Tensor:
         """Return `S_g (K/g,)` in fp64 on all output channels."""
@@ -170,14 +175,15 @@ class RangeObjective:
             total += (high - low).square().sum((1, 2))
         return total / self.quant_max**2
 
-    def output_energy(self) -> float:
-        """Return `Σ_n E[y_n²]` of uncorrelated inputs, `Σ_{n,k} w²_{n,k} E[x_k²]`; 1 if it is 0."""
-        squares = self.weight.square().sum(0).double().view(-1, self.group_size)
-        return (squares * self._floored_power).sum().item() or 1.0
-
     def _columns(self, rows: Tensor) -> Tensor:
         """View weight rows `(R, K)` as `(K/g, g, R)`."""
         return rows.view(len(rows), -1, self.group_size).permute(1, 2, 0)
+
+
+def _output_energy(weight: Tensor, power: Tensor) -> float:
+    """Return `Σ_n E[y_n²]` of uncorrelated inputs, `Σ_{n,k} w²_{n,k} E[x_k²]`; 1 if it is 0."""
+    squares = weight.square().sum(0).double().view_as(power)
+    return (squares * power).sum().item() or 1.0
 
 
 def _extremes(rotated: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ _CLIP_RATIOS = tuple(1 - step / 40 for step in range(13))
 _FAST: dict[str, object] = {
     "steps": 60,
     "rows": 512,
+    "objective": "ldl",
     "pairs": "matching",
     "row_weights": "relative",
     "clip_ratios": _CLIP_RATIOS,
@@ -56,3 +57,5 @@ _PAPER = _FAST | {
 RECIPES: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {"fast": _FAST, "best": _BEST, "data-free": _FAST | {"rounding": "nearest"}, "paper": _PAPER}
 )
+#: Recipes that fit a transform for each linear: it costs a rotation more at run time, and no bits.
+UNSHARED = frozenset({"best"})

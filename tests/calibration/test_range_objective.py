@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from parofx import affine, rotation
 from parofx.calibration import range_objective
+from parofx.calibration.activation_energy import DiagonalEnergy
 from parofx.calibration.guess_power import guess_power
 from parofx.calibration.range_objective import RangeObjective, TransformFit, fit_transform
 from parofx.config import CalibrationConfig
@@ -77,7 +78,7 @@ def test_gradients_are_those_of_autograd(groups: int, krot: int, method: str, se
     energy = (power / log_alpha.exp() ** 2).view(groups, GROUP).sum(1)
     (spans.square().sum(1) * energy).log().sum().backward()
 
-    objective = RangeObjective(weight, power, pairs, bits=4, group_size=GROUP)
+    objective = RangeObjective(weight, DiagonalEnergy(power, GROUP), pairs, bits=4, group_size=GROUP)
     grad_theta, grad_log_alpha = objective.gradients(theta.detach(), log_alpha.detach(), slice(None))
     expected = theta.grad * trainable_angles(pairs, GROUP)
     torch.testing.assert_close(grad_theta, expected, rtol=TOLERANCE, atol=TOLERANCE)
