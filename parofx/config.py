@@ -203,8 +203,8 @@ class ParoConfig:
             whole model (or per layer with `mixed_group_size`).
         krot: rotation rounds; 0 leaves only the channel scales.
         modules_to_not_convert: module names or glob patterns (`"model.layers.0.*"`) left float.
-        share_siblings: one transform for all linears of a block that read the same tensor, rather than one for each,
-            which is more accurate, takes as many bits and rotates more often. None shares unless the recipe is `"best"`.
+        share_siblings: one transform for all linears of a block that read the same tensor. One for each is more
+            accurate, takes as many bits and rotates more often; the recipe `"best"` has it unless this is given.
         lm_head: "float" leaves the output head as it is, 4 or 8 quantizes it to so many bits. An embedding table that
             it is tied to stays float and is stored beside it.
         mixed_group_size: choose the group size per layer.

@@ -124,9 +124,7 @@ class RangeObjective:
         group_size: channels per group.
     """
 
-    def __init__(
-        self, weight: Tensor, energy: ActivationEnergy, pairs: Tensor, *, bits: int, group_size: int
-    ) -> None:
+    def __init__(self, weight: Tensor, energy: ActivationEnergy, pairs: Tensor, *, bits: int, group_size: int) -> None:
         self.weight = weight
         self.group_size = group_size
         self.trainable = trainable_angles(pairs, group_size)
