@@ -154,6 +154,12 @@ def test_zero_rows_of_x_give_the_bias() -> None:
         assert torch.equal(output, problem.linears[0].bias.expand(2, -1))
 
 
+def test_no_columns_give_none() -> None:
+    op, (x, rotation, *packed, bias, bits, group_size, mode) = make_problem(128, (32,), 64, 2).call(torch.randn(3, 128))
+    empty = [each[:0] for each in packed]
+    assert op(x, rotation, *empty, bias, bits, group_size, mode).shape == (3, 0)
+
+
 def test_one_openmp_runtime() -> None:
     cpu_ops.load()
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}

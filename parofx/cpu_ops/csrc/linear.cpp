@@ -295,7 +295,8 @@ class Run {
 } // namespace
 
 void run_linears(const LinearCall& call, int threads) {
-  if (call.rows == 0) return;
+  const auto is_empty = [](const Linear& linear) { return linear.out_features == 0; };
+  if (call.rows == 0 || std::all_of(call.linears.begin(), call.linears.end(), is_empty)) return;
   Run run(call, threads);
   run();
 }
