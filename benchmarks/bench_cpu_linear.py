@@ -2,9 +2,11 @@
 
     python -m benchmarks.bench_cpu_linear [--shape 4096x4096] [--rows 1 16 128] [--threads 1]
 
-All paths run in one process, in an order that changes from round to round, each timed call behind another of its own
-path. Weights are distinct and together larger than the last-level cache, so that decoding reads memory. In every round
-the read bandwidth is measured too, by a sum, which can fall short of what the memory gives: then shares exceed 100 %.
+All paths run in one process, in an order that changes from round to round, each timed call behind others of its own
+path, until the threads of the path before sleep: those of GNU's OpenMP keep a core busy for milliseconds after a call,
+at the cost of libraries with threads of their own. Weights are distinct and together larger than the last-level cache,
+so that decoding reads memory. In every round the read bandwidth is measured too, by a sum, which can fall short of what
+the memory gives: then shares exceed 100 %.
 Rounds in which it fell by a fifth were disturbed by something else on the machine and are left out of the medians.
 Errors are relative to fp64 on the same codes, each path in its own coordinates; ggml, whose formats cannot hold the
 codes, quantizes anew. Results go to benchmarks/results/cpu_linear.json; --plot also draws them.
@@ -38,6 +40,8 @@ KROT = 8
 CHECKED_ROWS = 8
 #: A round whose read bandwidth is below this share of the median was disturbed.
 UNDISTURBED = 0.8
+#: Seconds after which threads that have nothing to do no longer spin.
+ASLEEP = 0.01
 
 
 def main() -> None:
@@ -174,7 +178,9 @@ def _interleave(paths: dict[str, list[Call]], weight_bytes: int, seconds: float)
             # The paths share weights: each is elsewhere in them than the one before.
             at = index + offset * (len(calls) // len(paths) + 1)
             # Layers follow layers of their own library, whose threads are awake and the others' asleep.
-            calls[(at - 1) % len(calls)]()
+            asleep = time.perf_counter() + ASLEEP
+            while time.perf_counter() < asleep:
+                calls[(at - 1) % len(calls)]()
             now[name] = _seconds(calls[at % len(calls)])
         rounds.append(now)
     usual = statistics.median(each["read"] for each in rounds)
