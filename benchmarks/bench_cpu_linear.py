@@ -21,6 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,23 +161,23 @@ def _own_calls(layers: list[tuple[Tensor, ...]], x: Tensor, mode: int) -> list[C
 
 def _interleave(paths: dict[str, list[Call]], weight_bytes: int, seconds: float) -> tuple[dict[str, float], float, int]:
     """Return the median microseconds of each path, bytes read per second, and the number of undisturbed rounds."""
-    stream = torch.ones(max(256 << 20, weight_bytes) // 4)
     part = weight_bytes // 4
+    stream = torch.ones(max(1, (256 << 20) // weight_bytes) * part)
+    reads = [partial(torch.sum, piece) for piece in stream.split(part)]
     rounds: list[dict[str, float]] = []
     # A different order in each round: what ran before a path is not always the same.
-    order, shuffled = list(enumerate(paths.items())), random.Random(0)
+    order, shuffled = list(enumerate([("read", reads), *paths.items()])), random.Random(0)
     for calls in paths.values():
         for call in calls:
             call()  # some pack weights at the first call
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rounds) < 5:
         index = len(rounds)
-        begin = index * part % (stream.numel() - part + 1)
-        now = {"read": _seconds(lambda begin=begin: stream[begin : begin + part].sum())}  # type: ignore[misc]
+        now = {}
         shuffled.shuffle(order)
         for offset, (name, calls) in order:
             # The paths share weights: each is elsewhere in them than the one before.
-            at = index + offset * (len(calls) // len(paths) + 1)
+            at = index + offset * (len(calls) // len(order) + 1)
             # Layers follow layers of their own library, whose threads are awake and the others' asleep.
             asleep = time.perf_counter() + ASLEEP
             while time.perf_counter() < asleep:
