@@ -52,11 +52,11 @@ class CalibrationConfig:
     """How rotations, scales and weights are fitted. What is not given is as the recipe has it (`calibration.recipes`).
 
     Args:
-        recipe: `"fast"` fits the range objective on input statistics and rounds with error feedback; `"best"`
+        recipe: `"fast"` fits the LDL objective on input statistics and rounds with error feedback; `"best"`
             takes more steps and then trains the whole model; `"paper"` is ParoQuant's own; `"data-free"` uses weights
             alone, whatever data is given.
-        steps: optimizer steps per transform on the range objective.
-        learning_rate: of AdamW on the angles and on the logarithm of the channel scales, on the range objective;
+        steps: optimizer steps per transform on the objective.
+        learning_rate: of AdamW on the angles and on the logarithm of the channel scales, on the objective;
             cosine to a twentieth.
         rows: output channels sampled per step (all of them if a layer has fewer).
         objective: what angles and channel scales make small: `"range"`, the error of rounding to nearest, or `"ldl"`,

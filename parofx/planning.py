@@ -62,7 +62,7 @@ class QuantizationPlan:
         blocks: how many blocks they are in.
         sequences: calibration sequences; 0 without data.
         tokens: in these.
-        steps: of optimizers, on range objectives and on blocks.
+        steps: of optimizers, on transforms and on blocks.
         memory: bytes that each part of a run takes at most, in each process; see `docs/calibration.md`.
         disk_bytes: in `work_dir`, at most.
         checkpoint_bytes: of all tensors that `save_pretrained` will write.

@@ -56,7 +56,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class TransformReport:
-    """One fitted rotation: the range objective before and after, the angles' spread, and error feedback's damping."""
+    """One fitted rotation: the objective before and after, the angles' spread, and error feedback's damping."""
 
     name: str
     members: tuple[str, ...]

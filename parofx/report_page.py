@@ -45,7 +45,7 @@ def render_page(report: Mapping[str, Any]) -> str:
         *_block_tables(report.get("blocks", ())),
         "<h2>Transforms</h2>",
         _table(
-            ("transform", "range objective", "after", "factor", "angles (rms)", "damping"),
+            ("transform", "objective", "after", "factor", "angles (rms)", "damping"),
             [
                 (
                     one["name"],

@@ -33,7 +33,7 @@ class FittedTransform:
         channel_scales: fp16 `(1, K)`.
         grids: `(scales, zeros)` per linear, fp32 `(N_i, K/g)`.
         errors: expected relative squared output error per linear.
-        loss_before: the range objective without transform.
+        loss_before: the objective without transform.
         loss_after: with it.
         codes: uint8 `(N_i, K)` per linear; None where they are the nearest ones to the model's own weight.
         nearest_errors: `errors` of the same grids with the nearest codes.
@@ -91,7 +91,7 @@ def fit(
         weights: the siblings' float weights.
         statistics: of their input; None weighs channels alike and judges rounding by plain squares.
         held_out: of the part of that input by which choices are made.
-        bits: width of each one's codes. The rotation does not depend on it: the range objective only changes scale.
+        bits: width of each one's codes. The rotation does not depend on it: the objective only changes scale.
         group_size: g.
         krot: rotation rounds.
         config: how to fit and to round.

@@ -1,4 +1,4 @@
-"""The range objective: fit a rotation and channel scales so that rounding to nearest costs least.
+"""The range objective: fit a rotation and channel scales so that rounding costs least.
 
 Rounding with step `s` has the expected squared error `s²/12` per weight, whatever the weight. With channel scales α,
 `H = E[x xᵀ]` and the step `s_{g,n} = (max − min)/(2^bits − 1)` of group g of output channel n, after scaling and
@@ -10,6 +10,8 @@ A rotation keeps a trace, so θ has to shrink ranges only; α trades ranges agai
 diagonal of H is needed: no model forward, no straight-through rounding. Each group has its own angles and scales and
 appears in one summand, so the groups are independent problems solved side by side: `Σ_g log L_g` is minimised, whose
 gradient does not depend on the scale of weights or activations, and every group keeps the better of its two states.
+
+That is for rounding to nearest; for rounding with error feedback another `T_g` stands in its place.
 """
 
 from __future__ import annotations

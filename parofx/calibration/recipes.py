@@ -2,8 +2,8 @@
 
 | recipe | transform | weights | rounding |
 |-|-|-|-|
-| `"fast"` | range objective | as they are | error feedback |
-| `"best"` | range objective, five times the steps | as they are | error feedback; then the whole model is distilled |
+| `"fast"` | LDL objective | as they are | error feedback |
+| `"best"` | LDL objective per linear, five-fold steps | as they are | error feedback; then the whole model is distilled |
 | `"paper"` | block by block | block by block | to nearest, trained grids |
 | `"data-free"` | range objective, weights alone | as they are | to nearest |
 

@@ -66,7 +66,7 @@ class Calibrate:
         set_stage(gm, Stage.CALIBRATED)
         report = PassReport(self.name, changed=len(transforms))
         for one in reports_of(gm):
-            change = f"range objective {one.loss_before:.3e} → {one.loss_after:.3e}"
+            change = f"objective {one.loss_before:.3e} → {one.loss_after:.3e}"
             if one.loss_after < one.loss_before:
                 report.matched.append((one.name, change))
             else:
