@@ -29,6 +29,7 @@ calibrations = st.builds(
     weight_learning_rate=st.floats(1e-6, 1.0),
     grid_learning_rate=st.floats(1e-6, 1.0),
     block_loss=st.sampled_from(("relative", "smooth_l1")),
+    objective=st.sampled_from(("range", "ldl")),
     row_weights=st.sampled_from(("relative", "equal")),
     autocast=st.booleans(),
     validation_samples=st.integers(0, 64),
@@ -80,6 +81,12 @@ def test_an_option_that_is_not_given_is_the_recipes():
     assert (paper.samples, paper.seqlen, paper.steps, paper.rounding) == (7, 2048, 0, "nearest")
     assert paper.trains_blocks
     assert not CalibrationConfig().trains_blocks
+
+
+def test_the_best_recipe_fits_a_transform_for_each_linear_unless_told():
+    shares = {one: ParoConfig(calibration=CalibrationConfig(recipe=one)).share_siblings for one in RECIPES}
+    assert shares == {"fast": True, "best": False, "paper": True, "data-free": True}
+    assert ParoConfig(share_siblings=True, calibration=CalibrationConfig(recipe="best")).share_siblings is True
 
 
 def test_to_dict_names_every_field():

@@ -97,9 +97,6 @@ def fit(
         config: how to fit and to round.
     """
     device = weights[0].device
-    energy = None
-    if config.objective == "ldl" and statistics is not None and statistics.full:
-        energy = FeedbackEnergy(statistics.gram.to(device), group_size, config.damping[len(config.damping) // 2])
     with torch.enable_grad():
         found = fit_transform(
             weights,
@@ -109,7 +106,7 @@ def fit(
             krot=krot,
             config=config,
             seed=config.seed,
-            energy=energy,
+            energy=energy_of(statistics, group_size, config, device),
         )
     pairs, theta, channel_scales = (one.to(device) for one in (found.pairs, found.theta, found.channel_scales))
     transform = Rotated(pairs, theta, channel_scales, group_size)
@@ -117,6 +114,15 @@ def fit(
     return round_rotated(
         rotated, transform, statistics, held_out, bits=bits, config=config, losses=(found.loss_before, found.loss_after)
     )
+
+
+def energy_of(
+    statistics: InputStatistics | None, group_size: int, config: CalibrationConfig, device: torch.device
+) -> FeedbackEnergy | None:
+    """Return what rounding steps cost under error feedback; None where a fit expects rounding to nearest."""
+    if config.objective != "ldl" or statistics is None or not statistics.full:
+        return None
+    return FeedbackEnergy(statistics.gram.to(device), group_size, _middle(config.damping))
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ def _round_rotated(
     weight, sizes = torch.cat(list(rotated)), [len(one) for one in rotated]
     widths = torch.tensor(bits, device=weight.device).repeat_interleave(torch.tensor(sizes, device=weight.device))
     scales, zeros = (torch.cat(one) for one in zip(*grids, strict=True))
-    damping = config.damping[len(config.damping) // 2]
+    damping = _middle(config.damping)
     if held_out is not None and 0 < held_out.count < statistics.count and len(config.damping) > 1:
         share = held_out.count / statistics.count
         held = transform.gram(held_out)
@@ -235,6 +241,10 @@ def _nearest_errors(
         relative_error(one, affine.fake_quantize(one, *grid, width, group_size), gram)
         for one, grid, width in zip(rotated, grids, bits, strict=True)
     )
+
+
+def _middle(candidates: Sequence[float]) -> float:
+    return candidates[len(candidates) // 2]
 
 
 def choose_damping(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from parofx.calibration.fitting import Rotated, round_rotated
+from parofx.calibration.fitting import Rotated, energy_of, round_rotated
 from parofx.calibration.memory import TransformShape
 from parofx.calibration.precision import product_precision
 from parofx.calibration.range_objective import TransformFit, fit_transform
@@ -97,10 +97,11 @@ def _fit(shape: TransformShape, config: CalibrationConfig, with_data: bool, bits
     steps = min(config.steps, _STEPS)
     size = {"bits": bits, "group_size": shape.group_size, "krot": shape.krot}
 
+    energy = energy_of(statistics if with_data else None, shape.group_size, config, device)
+
     def fitted(steps: int) -> TransformFit:
-        return fit_transform(
-            [weight], statistics.power, **size, config=dataclasses.replace(config, steps=steps), seed=config.seed
-        )
+        taken = dataclasses.replace(config, steps=steps)
+        return fit_transform([weight], statistics.power, **size, config=taken, seed=config.seed, energy=energy)
 
     found = fitted(0)
     transform = Rotated(found.pairs, found.theta, found.channel_scales, shape.group_size)

@@ -3,7 +3,7 @@
 | recipe | transform | weights | rounding |
 |-|-|-|-|
 | `"fast"` | LDL objective | as they are | error feedback |
-| `"best"` | LDL objective per linear, five-fold steps | as they are | error feedback; then the whole model is distilled |
+| `"best"` | LDL objective per linear, more steps | as they are | error feedback; then the whole model is distilled |
 | `"paper"` | block by block | block by block | to nearest, trained grids |
 | `"data-free"` | range objective, weights alone | as they are | to nearest |
 
