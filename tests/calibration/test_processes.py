@@ -236,6 +236,13 @@ def test_where_one_fails_all_fail_and_go_on_together(tmp_path):
     assert 0 < float(told[0]["fine"]) < 0.1
 
 
+def test_a_failure_is_told_whatever_its_message_holds(monkeypatch):
+    monkeypatch.setattr(processes_module, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(dist, "all_gather", lambda found, own: found[0].copy_(own))
+    # As names of files do that are no UTF-8.
+    assert processes_module._gather("!OSError: \udcff") == ["!OSError: \\udcff"]
+
+
 def test_a_world_without_a_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
