@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from parofx.calibration.processes import together
 from parofx.config import ParoConfig
 from parofx.errors import DataError
 from parofx.explanation import ExplainedLinear, Explanation, explain
@@ -47,12 +49,12 @@ def calibrate(
         config: that of `prepare`.
         progress: show a progress bar.
     """
-    named = None
-    if batches is not None:
-        _, names = gm.meta["parofx_inputs"]
-        named = [complete_named(names, _named(batch)) for batch in batches]
-    config = config or ParoConfig()
-    return Pipeline([AllocateBits(config, named), Calibrate(config, named, progress)]).run(gm)
+    config, named = config or ParoConfig(), None
+    with contextlib.nullcontext() if batches is None else together():
+        if batches is not None:
+            _, names = gm.meta["parofx_inputs"]
+            named = [complete_named(names, _named(batch)) for batch in batches]
+        return Pipeline([AllocateBits(config, named), Calibrate(config, named, progress)]).run(gm)
 
 
 def convert(gm: GraphModule) -> GraphModule:

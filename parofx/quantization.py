@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import logging
@@ -17,6 +18,7 @@ from torch.fx import GraphModule
 
 from parofx import integrations, kept_float, linear_tensors
 from parofx.calibration.data import batches as read_batches
+from parofx.calibration.processes import together
 from parofx.config import CalibrationConfig, ParoConfig
 from parofx.errors import CaptureError, ConfigError, one_per_line
 from parofx.nn import ParoLinear
@@ -83,16 +85,20 @@ def quantize(
     start = time.perf_counter()
     config, model = config or ParoConfig(), plain_module(model)
     _check_weights_exist(model)
-    gm, batches = captured(model, config, calibration=calibration, tokenizer=tokenizer, example_inputs=example_inputs)
-    pipeline = Pipeline(
-        [
-            InsertTransforms(config, output_heads=output_heads(model), replace_modules=True),
-            AllocateBits(config, batches),
-            Calibrate(config, batches, progress),
-            Convert(),
-        ]
-    )
-    pipeline.run(gm)
+    # A process that fails to read the data, or to pack what was fitted, lets the others fail too.
+    with contextlib.nullcontext() if calibration is None else together():
+        gm, batches = captured(
+            model, config, calibration=calibration, tokenizer=tokenizer, example_inputs=example_inputs
+        )
+        pipeline = Pipeline(
+            [
+                InsertTransforms(config, output_heads=output_heads(model), replace_modules=True),
+                AllocateBits(config, batches),
+                Calibrate(config, batches, progress),
+                Convert(),
+            ]
+        )
+        pipeline.run(gm)
     modules = _modules(gm)
     kept = (*gm.meta["parofx_kept_float"], *not_converted(model, gm, modules))
     report = QuantizationReport(

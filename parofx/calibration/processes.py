@@ -5,7 +5,8 @@ that ran everything. What one of them fitted is sent to all, as the bytes of a s
 with the same model.
 
 A process that fails says so where it would have met the others next, and all of them fail: none waits for what never
-comes, or takes what belongs to another run. For that they meet before whatever they sum or send.
+comes, or takes what belongs to another run. For that they meet right before whatever they sum or send: what may fail,
+such as making room for it, comes before.
 """
 
 from __future__ import annotations
@@ -141,7 +142,6 @@ def _exchange(tensors: Sequence[Tensor], collective: Callable[[Tensor], object])
     """Run a collective on tensors, in place, many small ones at a time."""
     if process_count() == 1:
         return
-    tell()
     buckets: list[list[Tensor]] = []
     for tensor in tensors:
         if not buckets or sum(one.numel() for one in buckets[-1]) + tensor.numel() > _BUCKET:
@@ -149,6 +149,7 @@ def _exchange(tensors: Sequence[Tensor], collective: Callable[[Tensor], object])
         buckets[-1].append(tensor)
     for bucket in buckets:
         joined = torch.cat([one.detach().flatten() for one in bucket]).to(_device())
+        tell()
         collective(joined)
         for one, part in zip(bucket, torch.split(joined, [one.numel() for one in bucket]), strict=True):
             one.detach().copy_(part.view_as(one))
@@ -156,7 +157,7 @@ def _exchange(tensors: Sequence[Tensor], collective: Callable[[Tensor], object])
 
 def _gather(message: str) -> list[str]:
     """Return the message of each process."""
-    own = torch.frombuffer(bytearray(message.encode()), dtype=torch.uint8).to(_device())
+    own = torch.frombuffer(bytearray(message.encode(errors="backslashreplace")), dtype=torch.uint8).to(_device())
     size = torch.tensor([len(own)], device=_device())
     sizes = [torch.empty_like(size) for _ in range(process_count())]
     dist.all_gather(sizes, size)
@@ -179,7 +180,6 @@ def fit_together(
         fit: fits one of them on its statistics.
     """
     if process_count() > 1:
-        tell()
         for name in names:
             for one in statistics[name]:
                 _sum(one)
@@ -197,9 +197,9 @@ def each_by_one(names: Sequence[str], work: Callable[[str], FittedTransform]) ->
 
 def _sum(statistics: InputStatistics) -> None:
     """Sum statistics over all processes."""
-    state = statistics.to_tensors()
+    state = {name: one.to(_device()) for name, one in statistics.to_tensors().items()}
+    tell()
     for name in ("count", "sums"):
-        state[name] = state[name].to(_device())
         dist.all_reduce(state[name])
     statistics.replace(state)
 
@@ -210,9 +210,9 @@ def _sent(owner: int, name: str, fitted: FittedTransform | None) -> FittedTransf
     if fitted is not None:
         tensors = {key: one.cpu().contiguous() for key, one in pack_fit(name, fitted).items()}
         payload = torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
-    size = torch.tensor([payload.numel()], device=_device())
-    dist.broadcast(size, owner)
-    received: Tensor = payload.to(_device()) if fitted is not None else payload.new_empty(int(size), device=_device())
+    size = int(tell(str(payload.numel()))[owner])
+    received: Tensor = payload.to(_device()) if fitted is not None else payload.new_empty(size, device=_device())
+    tell()
     dist.broadcast(received, owner)
     if fitted is not None:
         return fitted

@@ -156,47 +156,91 @@ def test_two_processes_find_what_one_does(tmp_path):
     }
 
 
-#: As PROCESS, once with a row that overflows in one process's share, once with two different models.
+#: As PROCESS: with what only one process fails in, with two different models, and with neither.
 FAILING = """
-import sys, torch, torch.distributed as dist, parofx
-from parofx.errors import ConfigError, DataError
+import sys, torch, torch.distributed as dist, parofx, pytest
+from datetime import timedelta
+from parofx.calibration import processes
+from parofx.calibration.statistics import InputStatistics
 from test_processes import FAST
 place, count, meeting = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=place, world_size=count)
+dist.init_process_group(
+    "gloo", init_method=f"file://{meeting}", rank=place, world_size=count, timeout=timedelta(seconds=60)
+)
 class Square(torch.nn.Module):
     def forward(self, x):
         return x * x
-def model(seed):
+def model(seed=0):
     torch.manual_seed(seed)
     return torch.nn.Sequential(torch.nn.Linear(128, 64), Square(), torch.nn.Linear(64, 64)).eval()
-config = parofx.ParoConfig(calibration=FAST)
+def quantize(data, seed=0):
+    config = parofx.ParoConfig(calibration=FAST)
+    return parofx.quantize(model(seed), config, calibration=data, progress=False).linears[0].relative_error
 fine = torch.randn(6, 4, 128, generator=torch.Generator().manual_seed(0))
 large = fine.clone()
 large[3, 0] = 1e30  # finite, but not its square
-for name, seed, data in (("large", 0, large), ("models", place, fine), ("fine", 0, fine)):
+def unread():
+    yield fine[:1]
+    raise OSError("no such text")
+def exhausted(*arguments, **options):
+    raise MemoryError("no room")
+def unpacked():
+    with pytest.MonkeyPatch.context() as patch:
+        if place == 1:
+            patch.setattr(parofx.packing, "pack_linear", exhausted)
+        quantize(list(fine.split(1)))
+def exchanged(collective, *arguments):
+    with processes.together():
+        collective(*arguments)
+# Each fails where one process makes ready what is then sent or summed.
+statistics = InputStatistics(32, 32)
+if place == 1:
+    statistics.to_tensors = exhausted
+gradients = [torch.ones(2), torch.ones(2, device="meta" if place == 1 else "cpu")]
+for name, work in {
+    "large": lambda: quantize(list(large.split(1))),
+    "models": lambda: quantize(list(fine.split(1)), place),
+    "text": lambda: quantize(unread() if place == 1 else list(fine.split(1))),
+    "packed": unpacked,
+    "sums": lambda: exchanged(processes.fit_together, ["one"], {"one": [statistics]}, exhausted),
+    "fits": lambda: exchanged(processes.each_by_one, ["one"], lambda name: object()),
+    "gradients": lambda: exchanged(processes.sum_tensors, gradients),
+    "fine": lambda: quantize(list(fine.split(1))),
+}.items():
     try:
-        report = parofx.quantize(model(seed), config, calibration=list(data.split(1)), progress=False)
-        print(name, report.linears[0].relative_error)
-    except (ConfigError, DataError) as error:
+        print(name, work())
+    except Exception as error:
         print(name, type(error).__name__, " ".join(str(error).split()))
 dist.destroy_process_group()
 """
+#: The cases of FAILING in which one process fails: which, and how.
+FAILURES = {
+    "large": (1, "DataError: the input of"), "text": (1, "OSError: no such text"),
+    "packed": (1, "MemoryError: no room"), "sums": (1, "MemoryError: no room"),
+    "fits": (0, "AttributeError: "), "gradients": (1, "RuntimeError: "),
+}  # fmt: skip
 
 
 def test_where_one_fails_all_fail_and_go_on_together(tmp_path):
     processes = [start(FAILING, place, 2, tmp_path / "meeting") for place in range(2)]
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    first, second = (
-        [line for line in output.splitlines() if line.split()[0] in ("large", "models", "fine")] for output in outputs
-    )
-    # The fourth batch is the second process's.
-    assert first[0].startswith("large DataError calibration stopped, it failed in - process 1: DataError: ")
-    assert second[0].startswith("large DataError the input of")
-    for lines in (first, second):
-        assert "must quantize one model with the same options" in lines[1]
-    assert first[2] == second[2]
-    assert 0 < float(first[2].split()[1]) < 0.1
+    told = [dict(line.split(" ", 1) for line in output.splitlines() if " " in line) for output in outputs]
+    for name, (victim, what) in FAILURES.items():
+        assert told[victim][name].startswith(what.replace(":", "", 1)), name
+        stopped = f"DataError calibration stopped, it failed in - process {victim}: {what}"
+        assert told[1 - victim][name].startswith(stopped), name
+    for one in told:
+        assert "must quantize one model with the same options" in one["models"]
+    assert told[0]["fine"] == told[1]["fine"]
+    assert 0 < float(told[0]["fine"]) < 0.1
+
+
+def test_a_failure_is_told_whatever_its_message_holds(monkeypatch):
+    monkeypatch.setattr(processes_module, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(dist, "all_gather", lambda found, own: found[0].copy_(own))
+    # As names of files do that are no UTF-8.
+    assert processes_module._gather("!OSError: \udcff") == ["!OSError: \\udcff"]
 
 
 def test_a_world_without_a_launcher_is_refused(monkeypatch):
