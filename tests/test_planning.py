@@ -149,7 +149,7 @@ def test_trained_blocks_count_their_steps():
         )
     )
     plan = parofx.plan_quantization(tiny.model(), config, calibration=tokens(8))
-    assert plan.steps == 5 * 8 + 2 * (4 + 3) * 3 + 3 * 3
+    assert plan.steps == 5 * 2 * 7 + 2 * (4 + 3) * 3 + 3 * 3
     assert plan.memory["training"] > 0
     assert plan.memory["distillation"] > 0
 

@@ -100,9 +100,16 @@ def format_losses(
         config: how transforms are fitted and grids chosen.
     """
     quick = dataclasses.replace(config, steps=min(config.steps, _STEPS))
-    size = {"group_size": form.group_size, "krot": form.krot}
     with torch.enable_grad():
-        found = fit_transform(weights, power, bits=bits[0][0], **size, config=quick, seed=config.seed)
+        found = fit_transform(
+            weights,
+            power,
+            bits=bits[0][0],
+            group_size=form.group_size,
+            krot=form.krot,
+            config=quick,
+            seed=config.seed,
+        )
     transform = Rotated(found.pairs, found.theta, found.channel_scales, form.group_size)
     losses = []
     for weight, sensitivity, widths in zip(weights, sensitivities, bits, strict=True):

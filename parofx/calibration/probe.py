@@ -95,13 +95,20 @@ def _fit(shape: TransformShape, config: CalibrationConfig, with_data: bool, bits
     statistics = InputStatistics(shape.in_features, shape.group_size, full=config.rounding == "feedback")
     statistics.update(torch.randn(_ROWS, shape.in_features, device=device))
     steps = min(config.steps, _STEPS)
-    size = {"bits": bits, "group_size": shape.group_size, "krot": shape.krot}
 
     energy = energy_of(statistics if with_data else None, shape.group_size, config, device)
 
     def fitted(steps: int) -> TransformFit:
-        taken = dataclasses.replace(config, steps=steps)
-        return fit_transform([weight], statistics.power, **size, config=taken, seed=config.seed, energy=energy)
+        return fit_transform(
+            [weight],
+            statistics.power,
+            bits=bits,
+            group_size=shape.group_size,
+            krot=shape.krot,
+            config=dataclasses.replace(config, steps=steps),
+            seed=config.seed,
+            energy=energy,
+        )
 
     found = fitted(0)
     transform = Rotated(found.pairs, found.theta, found.channel_scales, shape.group_size)

@@ -28,7 +28,9 @@ Batch = dict[str, Any]
 
 
 def settings(**options: Any) -> ParoConfig:
-    return ParoConfig(krot=3, calibration=CalibrationConfig(steps=4, clip_ratios=(1.0,), **options))
+    return ParoConfig(
+        krot=3, share_siblings=True, calibration=CalibrationConfig(steps=4, clip_ratios=(1.0,), **options)
+    )
 
 
 def skewed(*shape: int, seed: int = 0) -> Tensor:
