@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from parofx.calibration.feedback import lower_factor
+
 #: Input channels below this share of their group's mean power count as that: they may just have been silent so far.
 POWER_FLOOR = 1e-4
 
@@ -121,7 +123,7 @@ def conditional_moments(gram: Tensor, power: Tensor, damping: float) -> Tensor:
     norms = gram.diagonal().double().clamp(min=torch.finfo(torch.float32).tiny).sqrt()
     full = (gram.double() / norms / norms[:, None])[channels][:, channels]
     full.diagonal().fill_(1 + damping)
-    factor = torch.linalg.cholesky(full).view(groups, size, groups, size)
+    factor = lower_factor(full).view(groups, size, groups, size)
     blocks = factor.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     given = blocks @ blocks.mT
     given.diagonal(dim1=1, dim2=2).sub_(damping)
@@ -134,4 +136,4 @@ def _factor(moments: Tensor) -> tuple[Tensor, Tensor]:
     """Return the lower factors of `moments (G, g, g)`, channels of least power first, and the channels' order."""
     order = moments.diagonal(dim1=1, dim2=2).argsort(1)
     sorted_rows = moments.gather(1, order[:, :, None].expand_as(moments))
-    return torch.linalg.cholesky(sorted_rows.gather(2, order[:, None].expand_as(moments))), order
+    return lower_factor(sorted_rows.gather(2, order[:, None].expand_as(moments))), order

@@ -69,6 +69,22 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     return result
 
 
+def lower_factor(gram: Tensor) -> Tensor:
+    """Return the Cholesky factors of damped moments `(…, K, K)`.
+
+    Raises:
+        ConfigError: if they are singular in this precision.
+    """
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed.any():
+        raise ConfigError(
+            "the inputs' second moments are singular: error feedback needs a larger CalibrationConfig.damping "
+            "(0.03 and more by default), or calibration text that uses more of its input channels"
+        )
+    return factor
+
+
 def round_with_feedback(
     weight: Tensor,
     gram: Tensor,
@@ -126,7 +142,7 @@ def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
 
 def _unit_factor(gram: Tensor, order: Tensor) -> Tensor:
     """Return L of `H[order][:, order] = L D Lᵀ`, fp32."""
-    factor: Tensor = torch.linalg.cholesky(gram[order][:, order].double())
+    factor = lower_factor(gram[order][:, order].double())
     return (factor / factor.diagonal()).to(gram.dtype)
 
 

@@ -6,6 +6,7 @@ from parofx.calibration.feedback import RoundedWeight
 from parofx.calibration.fitting import choose_damping, fit, rotate_weight
 from parofx.calibration.statistics import InputStatistics
 from parofx.config import CalibrationConfig
+from parofx.errors import ConfigError
 from parofx.rotation import inverse_rotate
 
 G, K = 32, 64
@@ -93,6 +94,12 @@ def test_a_fit_to_what_feedback_leaves_leaves_less():
 
     ratios = [error(seed, "ldl") / error(seed, "range") for seed in range(4)]
     assert sum(ratios) / 4 < 0.97
+
+
+@pytest.mark.parametrize("objective", ["ldl", "range"])
+def test_too_little_damping_is_said(objective):
+    with pytest.raises(ConfigError, match=r"singular: error feedback needs a larger CalibrationConfig\.damping"):
+        fitted(observed=statistics(full=True, rows=8), damping=(1e-9,), objective=objective)
 
 
 @pytest.mark.parametrize("observed", [None, statistics()], ids=["weights alone", "nearest"])
