@@ -27,7 +27,8 @@ def _codes(in_features: int, out_features: int) -> Codes:
 @pytest.mark.parametrize("rows", [1, 7, 33])
 def test_a_peer_computes_the_product(name: str, rows: int) -> None:
     peer = next(each for each in PEERS if each.name == name)
-    if peer.missing():
+    # Only ggml's package may be absent; what torch brings may not.
+    if name.startswith("ggml") and peer.missing():
         pytest.skip(f"absent: {peer.missing()}")
     weight = _codes(512, 96)
     x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
