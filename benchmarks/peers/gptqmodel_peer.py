@@ -4,7 +4,8 @@
     python benchmarks/peers/gptqmodel_peer.py MODEL OUT --tokens tokens.safetensors --method gptq
 
 In an environment of its own. All is at the package's defaults but for the data, and for GPTQ's codes, which are
-asymmetric; its ParoQuant knows symmetric ones only.
+asymmetric; its ParoQuant knows symmetric ones only. On a CPU its ParoQuant takes hours, nearly all of them in a loop
+over groups; here the same rotations are multiplied as matrices, which gives the same losses in a seventh of the time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 # Its default on two cores is fewer than its own loader asks for.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
+import gptqmodel.quantization.paroquant.optimization as paro_optimization
 import torch
 from _peer import Clock, arguments, calibration_tokens, describe, leave
 from gptqmodel import GPTQModel
@@ -40,6 +42,8 @@ def main() -> None:
     else:
         # What its replay caches are inference tensors otherwise, which its own training then refuses.
         torch.inference_mode = lambda *_, **__: torch.no_grad()
+        if options.device == "cpu":
+            paro_optimization._apply_rotation = _rotate_by_matrices
         config = ParoConfig(bits=4, group_size=options.group_size)
     model = GPTQModel.load(options.model, config, device=options.device, dtype=torch.float32)
     clock = Clock()
@@ -67,6 +71,31 @@ def main() -> None:
             bits_per_weight=bits,
             seconds=seconds,
         )
+
+
+_rotate_by_rounds = paro_optimization._apply_rotation
+
+
+def _rotate_by_matrices(
+    x: torch.Tensor,
+    pairs: torch.Tensor,
+    theta: torch.Tensor,
+    *,
+    scales: torch.Tensor | None,
+    group_size: int,
+    **_: object,
+) -> torch.Tensor:
+    """Rotate the package's way, but all groups' identities, and multiply `x` `(M, K)` by what becomes of them."""
+    groups = x.shape[-1] // group_size
+    identity = torch.eye(group_size, dtype=x.dtype, device=x.device).repeat(1, groups)
+    rotation = _rotate_by_rounds(identity, pairs, theta, scales=None, group_size=group_size, fused_rotation=False)
+    scaled = x if scales is None else x * scales.view(1, -1)
+    by_group = scaled.reshape(-1, groups, group_size).transpose(0, 1)
+    return (
+        torch.bmm(by_group, rotation.view(group_size, groups, group_size).transpose(0, 1))
+        .transpose(0, 1)
+        .reshape(x.shape)
+    )
 
 
 def _float_matrices(model: str) -> list[tuple[str, torch.Tensor]]:
