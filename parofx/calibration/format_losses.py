@@ -89,7 +89,7 @@ def format_losses(
 ) -> Losses:
     """Return the predicted loss of each sibling at each of its widths, rounded to nearest.
 
-    Error feedback would lower all of them by much the same factor.
+    Error feedback lowers them by factors that differ from linear to linear (ADR 0017), which hardly changes a choice.
 
     Args:
         weights: the siblings' float weights `(N_i, K)`.
