@@ -32,11 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 
 import parofx
+from benchmarks._accuracy_table import AccuracyTable
 from benchmarks._texts import calibration_and_evaluation
 from benchmarks.perplexity import packaged_model
 from parofx import CalibrationConfig, ParoConfig
@@ -45,8 +44,6 @@ from parofx.evaluation import EvalResult, evaluate
 from parofx.models import load_model
 
 RESULTS = Path(__file__).parent / "results"
-#: Half the width of a 95 % interval, in standard errors.
-_INTERVAL = 1.96
 
 NEAREST = CalibrationConfig(steps=0, clip_ratios=(1.0,), rounding="nearest")
 GPTQ = CalibrationConfig(
@@ -152,7 +149,12 @@ def main() -> None:
         rows.pop(name, None)
         _note(rows, name, result, peer["bits_per_weight"], (peer["seconds"], peer["cpu_seconds"]))
     _save(rows, options, target)
-    _print(rows, options)
+    windows = rows["float"]["seeds"][0]["windows"]
+    table = AccuracyTable(rows, f"{_model_name(options)}, {windows} windows of {options.seqlen} tokens", _GPTQ)
+    table.print()
+    table.plot(target.with_suffix(".png"))
+    if options.markdown:
+        Path(options.markdown).write_text(table.markdown())
 
 
 def _options() -> argparse.Namespace:
@@ -172,6 +174,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda; seconds of a table are of one device")
     parser.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True, help="also compare distributions")
     parser.add_argument("--kl-windows", type=int, help="windows that are compared; all of them without it")
+    parser.add_argument("--markdown", help="also write the table to this file, as Markdown")
     parser.add_argument("--resume", action="store_true", help="keep the runs that are in the results")
     options = parser.parse_args()
     if bool(options.calibration) != bool(options.evaluation):
@@ -278,70 +281,6 @@ def _save(rows: dict[str, Any], options: argparse.Namespace, target: Path) -> No
     unfinished = target.with_suffix(".unfinished")
     unfinished.write_text(json.dumps({"options": _settings(options), "rows": rows}, indent=1))
     unfinished.replace(target)
-
-
-def _print(rows: dict[str, Any], options: argparse.Namespace) -> None:
-    windows = rows["float"]["seeds"][0]["windows"]
-    title = f"{_model_name(options)}, {windows} windows of {options.seqlen} tokens"
-    table = Table(title=title)
-    for heading in (
-        "weights",
-        "bits",
-        "perplexity",
-        "gap",
-        "of GPTQ's",
-        "KL",
-        "KL 99 %",
-        "top-1",
-        "s",
-        "CPU s",
-        "seeds",
-    ):
-        table.add_column(heading, justify="left" if heading == "weights" else "right")
-    base = rows["float"]["perplexity"]
-    gptq = rows[_GPTQ]["perplexity"] - base if _GPTQ in rows else None
-    for name, row in rows.items():
-        gap, spread = row["perplexity"] - base, row["perplexity_spread"]
-        compared = row["kl_mean"] is not None
-        interval = _INTERVAL * (row["perplexity_error"] or 0.0)
-        table.add_row(
-            name,
-            f"{row['bits_per_weight']:.2f}",
-            f"{row['perplexity']:.2f} ± {interval:.2f}",
-            "" if name == "float" else f"{gap:.2f}" + ("" if spread is None else f" (σ {spread:.2f})"),
-            "" if name == "float" or not gptq else f"{gap / gptq:.2f}",
-            f"{row['kl_mean']:.4f} ± {_INTERVAL * (row['kl_error'] or 0.0):.4f}" if compared else "",
-            f"{row['kl_p99']:.3f}" if compared else "",
-            f"{row['top1_agreement']:.3f}" if compared else "",
-            f"{row['quantize_seconds']:.0f}",
-            f"{row['quantize_cpu_seconds']:.0f}",
-            str(len(row["seeds"])),
-        )
-    Console(width=160).print(table)
-    _plot(rows, title, RESULTS / f"accuracy-{_model_name(options)}.png")
-
-
-def _plot(rows: dict[str, Any], title: str, path: Path) -> None:
-    """Draw every quantized row's perplexity gap, with what the seeds gave."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    base = rows["float"]["perplexity"]
-    names = [name for name in rows if name != "float"]
-    figure = Figure(figsize=(9, 1 + 0.35 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for position, name in enumerate(reversed(names)):
-        axes.barh(position, rows[name]["perplexity"] - base, color="#27647b", alpha=0.6)
-        gaps = [seed["perplexity"] - base for seed in rows[name]["seeds"]]
-        axes.plot(gaps, [position] * len(gaps), "k.", markersize=4)
-    labels = [f"{name} ({rows[name]['bits_per_weight']:.2f} bit)" for name in reversed(names)]
-    axes.set_yticks(range(len(names)), labels)
-    axes.set_xlabel(f"perplexity above float ({base:.2f})")
-    axes.set_title(title)
-    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":
