@@ -76,6 +76,7 @@ VARIANTS = (
     Variant("parofx", {}),
     Variant("parofx int8 activations", {}, "int8"),
     Variant("parofx krot=0", {"krot": 0}),
+    Variant("parofx, a transform per linear", {"share_siblings": False}),
     Variant("parofx, quantized head", {"lm_head": 4}),
     Variant("parofx int8, quantized head", {"lm_head": 4}, "int8"),
     Variant("parofx, 8-bit head", {"lm_head": 8}),
