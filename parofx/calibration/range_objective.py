@@ -27,6 +27,7 @@ from parofx.affine import quant_max
 from parofx.calibration.activation_energy import ActivationEnergy, DiagonalEnergy
 from parofx.calibration.dense_rounds import DenseRounds
 from parofx.calibration.guess_power import guess_power
+from parofx.calibration.precision import product_precision
 from parofx.config import CalibrationConfig
 from parofx.errors import DataError, ShapeError
 from parofx.pairing import make_pairs, trainable_angles
@@ -62,6 +63,7 @@ class TransformFit:
     improved: bool
 
 
+@product_precision("exact")
 def fit_transform(
     weights: Sequence[Tensor],
     power: Tensor | None,

@@ -9,6 +9,7 @@ from parofx import affine, rotation
 from parofx.calibration import range_objective
 from parofx.calibration.activation_energy import DiagonalEnergy
 from parofx.calibration.guess_power import guess_power
+from parofx.calibration.precision import product_precision
 from parofx.calibration.range_objective import RangeObjective, TransformFit, fit_transform
 from parofx.config import CalibrationConfig
 from parofx.errors import DataError, ShapeError
@@ -43,6 +44,18 @@ def fit(
     seed: int = 0,
 ) -> TransformFit:
     return fit_transform(weights, power, bits=4, group_size=GROUP, krot=krot, config=config, seed=seed)
+
+
+class WatchedEnergy(DiagonalEnergy):
+    """Notes the precision in which products of fp32 matrices are computed beside it."""
+
+    def __init__(self, power: torch.Tensor, group_size: int) -> None:
+        super().__init__(power, group_size)
+        self.seen: set[str] = set()
+
+    def gradients(self, matrices: torch.Tensor, alpha: torch.Tensor) -> tuple[None, torch.Tensor]:
+        self.seen |= {torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision}
+        return super().gradients(matrices, alpha)
 
 
 def rotated(weight: torch.Tensor, result: TransformFit) -> torch.Tensor:
@@ -246,3 +259,15 @@ def test_weights_that_are_not_finite(value: float) -> None:
     weight[1, 2] = value
     with pytest.raises(DataError, match="weights must be finite"):
         fit(weight)
+
+
+def test_a_fit_multiplies_in_fp32_whatever_the_user_has_set() -> None:
+    """Products of bf16 or TF32 factors would make moments of little damping indefinite."""
+    energy, expected = WatchedEnergy(some_power(2 * GROUP), GROUP), fit(outlier_weight())
+    with product_precision("fast"):
+        found = fit_transform(
+            [outlier_weight()], None, bits=4, group_size=GROUP, krot=KROT, config=CONFIG, seed=0, energy=energy
+        )
+        assert torch.equal(fit(outlier_weight()).theta, expected.theta)
+    assert energy.seen == {"ieee"}
+    assert found.improved
