@@ -41,7 +41,7 @@ _CHOICES = {
     "block_loss": ("relative", "smooth_l1"),
     "row_weights": ("relative", "equal"),
 }
-#: Stands for an option that the recipe decides; there is none left once a config is built.
+#: Stands for an option of `CalibrationConfig` that the recipe decides; there is none left once one is built.
 _BY_RECIPE: Any = None
 
 _Config = TypeVar("_Config", "ParoConfig", "CalibrationConfig")
@@ -60,7 +60,8 @@ class CalibrationConfig:
             cosine to a twentieth.
         rows: output channels sampled per step (all of them if a layer has fewer).
         objective: what angles and channel scales make small: `"range"`, the error of rounding to nearest, or `"ldl"`,
-            what error feedback leaves of it. Without data, or rounded to nearest, it is `"range"` in any case.
+            what error feedback leaves of it. Unless given it goes with `rounding`; without data, or rounded to nearest,
+            it is `"range"` in any case.
         pairs: how channel pairs are chosen: `"matching"` (perfect matchings, no dummy pairs) or `"greedy"`
             (the paper's random scan).
         row_weights: how much a token's row counts in the statistics of a transform's input: `"relative"` to the
@@ -140,6 +141,8 @@ class CalibrationConfig:
         for name, value in RECIPES.get(str(self.recipe), RECIPES["fast"]).items():
             if getattr(self, name) is _BY_RECIPE:
                 object.__setattr__(self, name, value)
+        if self.objective is _BY_RECIPE:
+            object.__setattr__(self, "objective", "ldl" if self.rounding == "feedback" else "range")
         for name in ("rows", "samples", "batch_size", "distill_batch_size"):
             problems += _check_int(name, getattr(self, name), 1)
         for name in ("steps", "sweeps", "validation_samples", "seed", "compensation_rank"):
@@ -204,7 +207,8 @@ class ParoConfig:
         krot: rotation rounds; 0 leaves only the channel scales.
         modules_to_not_convert: module names or glob patterns (`"model.layers.0.*"`) left float.
         share_siblings: one transform for all linears of a block that read the same tensor. One for each is more
-            accurate, takes as many bits and rotates more often; the recipe `"best"` has it unless this is given.
+            accurate, takes as many bits and rotates more often. None is as the recipe has it (`shares_transforms`): one
+            for each with `"best"`, else one for all.
         lm_head: "float" leaves the output head as it is, 4 or 8 quantizes it to so many bits. An embedding table that
             it is tied to stays float and is stored beside it.
         mixed_group_size: choose the group size per layer.
@@ -215,7 +219,7 @@ class ParoConfig:
     group_size: int = 128
     krot: int = 8
     modules_to_not_convert: tuple[str, ...] = ()
-    share_siblings: bool = _BY_RECIPE
+    share_siblings: bool | None = None
     lm_head: Literal["float", 4, 8] = "float"
     mixed_group_size: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -244,11 +248,14 @@ class ParoConfig:
             problems.append(f"lm_head must be one of {('float', *HEAD_BITS)}, got {self.lm_head!r}")
         if not isinstance(self.calibration, CalibrationConfig):
             problems.append(f"calibration must be a CalibrationConfig, got {type(self.calibration).__name__}")
-        elif self.share_siblings is _BY_RECIPE:
-            object.__setattr__(self, "share_siblings", self.calibration.recipe not in UNSHARED)
-        if self.share_siblings is not _BY_RECIPE:
+        if self.share_siblings is not None:
             problems += _check_bool("share_siblings", self.share_siblings)
         _raise_if(problems, "ParoConfig")
+
+    @property
+    def shares_transforms(self) -> bool:
+        """Whether linears of a block that read the same tensor share a transform."""
+        return self.calibration.recipe not in UNSHARED if self.share_siblings is None else self.share_siblings
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON-serializable values, calibration nested."""

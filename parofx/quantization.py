@@ -128,6 +128,7 @@ def captured(
     if any(isinstance(module, ParoLinear) for module in model.modules()):
         raise ConfigError("the model holds ParoLinear modules already; parofx.dequantize(model) gives float ones back")
     _check_patterns(model, config)
+    _warn_of_an_unused_objective(config.calibration)
     if calibration is None:
         _warn_of_training_without_data(config.calibration)
     batches = None if calibration is None else _batches(model, config, calibration, tokenizer)
@@ -174,6 +175,14 @@ def _warn_of_training_without_data(config: CalibrationConfig) -> None:
             "recipe %r trains on calibration data (%s), and none was given: weights alone decide; pass calibration=...",
             config.recipe,
             ", ".join(wanted),
+        )
+
+
+def _warn_of_an_unused_objective(config: CalibrationConfig) -> None:
+    if config.objective == "ldl" and config.rounding == "nearest":
+        logger.warning(
+            "objective='ldl' is what error feedback leaves, and rounding='nearest' has none: transforms are fitted by "
+            "objective='range'; pass that, or rounding='feedback'"
         )
 
 

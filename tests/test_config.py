@@ -48,7 +48,7 @@ configs = st.builds(
     group_size=st.sampled_from((128, 64, 32)),
     krot=st.integers(0, 32),
     modules_to_not_convert=st.lists(st.text(min_size=1, max_size=8), max_size=3).map(tuple),
-    share_siblings=st.booleans(),
+    share_siblings=st.none() | st.booleans(),
     mixed_group_size=st.booleans(),
     calibration=calibrations,
 )
@@ -83,10 +83,28 @@ def test_an_option_that_is_not_given_is_the_recipes():
     assert not CalibrationConfig().trains_blocks
 
 
+def test_the_objective_is_that_of_the_rounding_unless_given():
+    objectives = {one: CalibrationConfig(recipe=one).objective for one in RECIPES}
+    assert objectives == {"fast": "ldl", "best": "ldl", "paper": "range", "data-free": "range"}
+    assert CalibrationConfig(rounding="nearest").objective == "range"
+    assert CalibrationConfig(rounding="nearest", objective="ldl").objective == "ldl"
+
+
 def test_the_best_recipe_fits_a_transform_for_each_linear_unless_told():
-    shares = {one: ParoConfig(calibration=CalibrationConfig(recipe=one)).share_siblings for one in RECIPES}
-    assert shares == {"fast": True, "best": False, "paper": True, "data-free": True}
-    assert ParoConfig(share_siblings=True, calibration=CalibrationConfig(recipe="best")).share_siblings is True
+    recipes = {one: CalibrationConfig(recipe=one) for one in RECIPES}
+    shared = {one: ParoConfig(calibration=calibration).shares_transforms for one, calibration in recipes.items()}
+    assert shared == {"fast": True, "best": False, "paper": True, "data-free": True}
+    for given in (True, False):
+        config = ParoConfig(share_siblings=given, calibration=recipes["best"])
+        assert config.shares_transforms is given
+        assert dataclasses.replace(config, calibration=recipes["fast"]).shares_transforms is given
+
+
+def test_another_calibration_brings_its_own_transforms():
+    config = dataclasses.replace(ParoConfig(), calibration=CalibrationConfig(recipe="best"))
+    assert not config.shares_transforms
+    assert ParoConfig.from_dict(config.to_dict()) == config
+    assert dataclasses.replace(config, calibration=CalibrationConfig()).shares_transforms
 
 
 def test_to_dict_names_every_field():

@@ -659,6 +659,13 @@ def test_stages_that_train_without_data_are_told(caplog, recipe, told):
     assert told is None or told in messages[0]
 
 
+@pytest.mark.parametrize(("options", "told"), [({}, False), ({"objective": "ldl"}, True)])
+def test_an_objective_that_the_rounding_has_no_use_for_is_told(caplog, options, told):
+    config = ParoConfig(calibration=CalibrationConfig(rounding="nearest", **options))
+    parofx.plan_quantization(net(), config, example_inputs=inputs())
+    assert any("transforms are fitted by objective='range'" in message for message in caplog.messages) == told
+
+
 def test_a_model_without_linears_has_nothing_to_quantize(caplog):
     assert quantize(nn.Sequential(nn.ReLU()), example_inputs=inputs()).kept_float == ()
     assert caplog.messages[-1] == "nothing was quantized, and the model is as it was: no linears"

@@ -220,6 +220,8 @@ class DataRun:
             return None
         options = self._config.to_dict()
         options["calibration"] = {k: v for k, v in options["calibration"].items() if k not in ("work_dir", "resume")}
+        # Given or as the recipe has it, it is the same run.
+        options["share_siblings"] = self._config.shares_transforms
         options["graph"] = self._gm.code
         tensors = itertools.chain(self._gm.named_parameters(), self._gm.named_buffers())
         options["processes"] = process_count()

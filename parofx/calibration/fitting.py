@@ -120,7 +120,8 @@ def energy_of(
     statistics: InputStatistics | None, group_size: int, config: CalibrationConfig, device: torch.device
 ) -> FeedbackEnergy | None:
     """Return what rounding steps cost under error feedback; None where a fit expects rounding to nearest."""
-    if config.objective != "ldl" or statistics is None or not statistics.full:
+    expects_feedback = config.objective == "ldl" and config.rounding == "feedback"
+    if not expects_feedback or statistics is None or not statistics.full:
         return None
     return FeedbackEnergy(statistics.gram.to(device), group_size, _middle(config.damping))
 

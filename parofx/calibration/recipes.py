@@ -21,7 +21,6 @@ _CLIP_RATIOS = tuple(1 - step / 40 for step in range(13))
 _FAST: dict[str, object] = {
     "steps": 60,
     "rows": 512,
-    "objective": "ldl",
     "pairs": "matching",
     "row_weights": "relative",
     "clip_ratios": _CLIP_RATIOS,

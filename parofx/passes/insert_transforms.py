@@ -58,7 +58,7 @@ class InsertTransforms:
         report = PassReport(self.name)
         blocks = find_blocks(gm)
         chosen, kept, group_sizes = self.select(gm, blocks)
-        for group in group_siblings(chosen, blocks, share=self.config.share_siblings):
+        for group in group_siblings(chosen, blocks, share=self.config.shares_transforms):
             group_size = group_sizes[group[0].name]
             _insert(gm, group, group_size, self.config)
             names = ", ".join(unit.name for unit in group)

@@ -102,9 +102,13 @@ def test_too_little_damping_is_said(objective):
         fitted(observed=statistics(full=True, rows=8), damping=(1e-9,), objective=objective)
 
 
-@pytest.mark.parametrize("observed", [None, statistics()], ids=["weights alone", "nearest"])
-def test_without_feedback_a_fit_expects_rounding_to_nearest(observed):
-    found, expected = (fitted(observed=observed, objective=objective) for objective in ("ldl", "range"))
+@pytest.mark.parametrize(
+    ("observed", "options"),
+    [(None, {}), (statistics(), {}), (statistics(full=True), {"rounding": "nearest"})],
+    ids=["weights alone", "nearest", "nearest on full moments"],
+)
+def test_without_feedback_a_fit_expects_rounding_to_nearest(observed, options):
+    found, expected = (fitted(observed=observed, objective=objective, **options) for objective in ("ldl", "range"))
     assert torch.equal(found.theta, expected.theta)
     assert found.loss_after == expected.loss_after
 

@@ -418,6 +418,7 @@ class TestWorkDir:
         config = self.config(tmp_path)
         self.run(config, monkeypatch)
         assert self.run(config, monkeypatch)[0] == 0
+        assert self.run(replace(config, share_siblings=None), monkeypatch)[0] == 0  # the recipe shares as well
         for changed in (
             replace(config, krot=2),
             self.config(tmp_path, seed=3),
