@@ -94,10 +94,10 @@ def test_the_best_recipe_fits_a_transform_for_each_linear_unless_told():
     recipes = {one: CalibrationConfig(recipe=one) for one in RECIPES}
     shared = {one: ParoConfig(calibration=calibration).shares_transforms for one, calibration in recipes.items()}
     assert shared == {"fast": True, "best": False, "paper": True, "data-free": True}
-    for given in (True, False):
-        config = ParoConfig(share_siblings=given, calibration=recipes["best"])
-        assert config.shares_transforms is given
-        assert dataclasses.replace(config, calibration=recipes["fast"]).shares_transforms is given
+    for told in (True, False):
+        config = ParoConfig(share_siblings=told, calibration=recipes["best"])
+        assert config.shares_transforms is told
+        assert dataclasses.replace(config, calibration=recipes["fast"]).shares_transforms is told
 
 
 def test_another_calibration_brings_its_own_transforms():
