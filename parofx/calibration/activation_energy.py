@@ -92,7 +92,7 @@ class FeedbackEnergy:
         half = torch.bmm(mixed, self._moments)
         factor, order = _factor(self._damped(torch.bmm(half, mixed.mT), alpha))
         size = factor.diagonal(dim1=1, dim2=2)
-        identity = torch.eye(factor.shape[1], device=factor.device).expand_as(factor)
+        identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device).expand_as(factor)
         inverse = torch.linalg.solve_triangular(factor, identity, upper=False) * size[..., None]
         unsorted = torch.empty_like(inverse).scatter_(2, order[:, None].expand_as(inverse), inverse)
         total = size.square().sum(1)[:, None, None]

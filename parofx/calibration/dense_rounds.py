@@ -28,10 +28,10 @@ class DenseRounds:
         self._first, self._second = absolute[:, 0::2].contiguous(), absolute[:, 1::2].contiguous()
         self._partner = torch.empty_like(absolute)
         self._partner.scatter_(1, self._first, self._second).scatter_(1, self._second, self._first)
-        self._identity = torch.eye(group_size, device=device).repeat(in_features // group_size, 1)
+        self._identity = torch.eye(group_size, dtype=torch.float32, device=device).repeat(in_features // group_size, 1)
         self._cos = self._sin = torch.empty(0)
         # Written anew by each `forward`: allocating megabytes per step costs more than the arithmetic on them.
-        self._after = torch.empty(krot, in_features, group_size, device=device)
+        self._after = torch.empty(krot, in_features, group_size, dtype=torch.float32, device=device)
 
     def forward(self, theta: Tensor) -> Tensor:
         """Return `(K/g, out, in)`, so that a group of `ROT(v)` is `matrix @ v_group`, and remember the rounds.

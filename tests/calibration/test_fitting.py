@@ -124,6 +124,19 @@ def test_a_weight_rounded_with_feedback_has_its_codes_as_the_nearest_ones():
             assert torch.equal(RoundedWeight(codes, *grid).dequantized(), affine.fake_quantize(rotated, *grid, 4, G))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_fit_is_the_same_whatever_the_default_dtype(dtype):
+    given, observed = weights(), statistics(full=True)
+    expected, before = fitted(given, observed), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = fitted(given, observed)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found.theta, expected.theta)
+    assert all(map(torch.equal, found.codes, expected.codes))
+
+
 def test_damping_is_the_best_on_held_out_input():
     few, many = statistics(1, full=True, rows=24), statistics(2, full=True, rows=2048)
     weight = torch.cat(weights())
