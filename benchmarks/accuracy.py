@@ -59,7 +59,7 @@ ROWS: dict[str, tuple[ParoConfig, bool]] = {
     "parofx data-free": (ParoConfig(calibration=CalibrationConfig(recipe="data-free")), False),
     "parofx fast": (ParoConfig(calibration=FAST), True),
     "parofx best": (ParoConfig(calibration=CalibrationConfig(recipe="best")), True),
-    "ablation: to nearest": (ParoConfig(calibration=replace(FAST, rounding="nearest")), True),
+    "ablation: to nearest": (ParoConfig(calibration=replace(FAST, rounding="nearest", objective="range")), True),
     "ablation: no transform": (ParoConfig(krot=0, calibration=replace(FAST, steps=0)), True),
     "ablation: channel scales only": (ParoConfig(krot=0, calibration=FAST), True),
     "ablation: 2 rotations": (ParoConfig(krot=2, calibration=FAST), True),

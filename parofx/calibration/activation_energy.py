@@ -79,7 +79,8 @@ class FeedbackEnergy:
     def totals(self, matrices: Tensor, alpha: Tensor) -> Tensor:
         """Return `T_g (K/g,)` in fp64."""
         mixed = (matrices / alpha).double()
-        factor, _ = _factor(self._damped(mixed @ self._moments.double() @ mixed.mT, alpha))
+        ordered, _ = _ordered(self._damped(mixed @ self._moments.double() @ mixed.mT, alpha))
+        factor = lower_factor(ordered)
         return factor.diagonal(dim1=1, dim2=2).square().sum(1)
 
     def gradients(self, matrices: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,9 @@ class FeedbackEnergy:
         """
         mixed = matrices / alpha
         half = torch.bmm(mixed, self._moments)
-        factor, order = _factor(self._damped(torch.bmm(half, mixed.mT), alpha))
+        # Not checked, which would wait for a GPU at every step: a fit that goes astray ends above its start.
+        ordered, order = _ordered(self._damped(torch.bmm(half, mixed.mT), alpha))
+        factor: Tensor = torch.linalg.cholesky_ex(ordered)[0]
         size = factor.diagonal(dim1=1, dim2=2)
         identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device).expand_as(factor)
         inverse = torch.linalg.solve_triangular(factor, identity, upper=False) * size[..., None]
@@ -132,8 +135,8 @@ def conditional_moments(gram: Tensor, power: Tensor, damping: float) -> Tensor:
     return (own * root[:, :, None] * root[:, None]).float()
 
 
-def _factor(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lower factors of `moments (G, g, g)`, channels of least power first, and the channels' order."""
+def _ordered(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `moments (G, g, g)` with channels of least power first, as their factor takes them, and that order."""
     order = moments.diagonal(dim1=1, dim2=2).argsort(1)
     sorted_rows = moments.gather(1, order[:, :, None].expand_as(moments))
-    return lower_factor(sorted_rows.gather(2, order[:, None].expand_as(moments))), order
+    return sorted_rows.gather(2, order[:, None].expand_as(moments)), order

@@ -245,7 +245,7 @@ def _nearest_errors(
 
 
 def _middle(candidates: Sequence[float]) -> float:
-    return candidates[len(candidates) // 2]
+    return sorted(candidates)[len(candidates) // 2]
 
 
 def choose_damping(

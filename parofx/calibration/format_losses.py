@@ -12,9 +12,11 @@ from torch import Tensor
 
 from parofx import affine
 from parofx.calibration.fitting import Rotated
+from parofx.calibration.precision import product_precision
 from parofx.calibration.range_objective import fit_transform
 from parofx.calibration.rounding import choose_clipped_qparams
 from parofx.calibration.sensitivity import Sensitivity
+from parofx.calibration.statistics import InputStatistics
 from parofx.config import CalibrationConfig
 from parofx.linear_tensors import tensor_specs
 
@@ -79,6 +81,7 @@ def all_format_losses(
     return [predicted(form) for form in forms]
 
 
+@product_precision("exact")
 def format_losses(
     weights: Sequence[Tensor],
     sensitivities: Sequence[Sensitivity | None],
@@ -115,25 +118,30 @@ def format_losses(
     for weight, sensitivity, widths in zip(weights, sensitivities, bits, strict=True):
         rows = slice(None, None, -(-len(weight) // _ROWS))
         rotated = transform.weight(weight[rows])
-        gram = None if sensitivity is None else transform.block_gram(sensitivity.moments.narrowed(form.group_size))
-        per_row = torch.ones(len(weight)) if sensitivity is None else sensitivity.channels
-        energy = 2 * float(weight.float().square().sum()) if sensitivity is None else 1.0
-        unit = (
-            per_row[rows].to(weight.device)
-            * float(per_row.sum() / per_row[rows].sum().clamp(min=1e-30))
-            / (2 * max(energy, 1e-30))
-        )
+        if sensitivity is None:
+            moments = _white(weight.shape[1], form.group_size)
+            unit = 0.5 / weight[rows].square().sum(dtype=torch.float64).clamp(min=1e-30)
+        else:
+            moments, per_row = sensitivity.moments.narrowed(form.group_size), sensitivity.channels
+            unit = per_row[rows].to(weight.device) * float(per_row.sum() / per_row[rows].sum().clamp(min=1e-30)) / 2
+        gram = transform.block_gram(moments)
         losses.append(
             [(unit * _row_errors(rotated, gram, form.group_size, one, config)).sum().item() for one in widths]
         )
     return losses
 
 
-def _row_errors(rotated: Tensor, gram: Tensor | None, group_size: int, bits: int, config: CalibrationConfig) -> Tensor:
+def _white(in_features: int, group_size: int) -> InputStatistics:
+    """Return moments of inputs that are all alike: by them an error counts as it is behind the inverse transform."""
+    moments = InputStatistics(in_features, group_size)
+    moments.update(group_size**0.5 * torch.eye(group_size).repeat(1, in_features // group_size))
+    return moments
+
+
+def _row_errors(rotated: Tensor, gram: Tensor, group_size: int, bits: int, config: CalibrationConfig) -> Tensor:
     """Return `ΔW_n M ΔW_nᵀ` of each row, fp64 `(N,)`."""
     grid = choose_clipped_qparams(
         rotated, bits=bits, group_size=group_size, clip_ratios=config.clip_ratios[::_CLIP_STRIDE], block_gram=gram
     )
     error = affine.grouped(affine.fake_quantize(rotated, *grid, bits, group_size) - rotated, group_size)
-    weighted = error if gram is None else torch.einsum("ngi,gij->ngj", error, gram)
-    return (weighted * error).sum((1, 2), dtype=torch.float64)
+    return (torch.einsum("ngi,gij->ngj", error, gram) * error).sum((1, 2), dtype=torch.float64)
