@@ -171,18 +171,22 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `target` when the block ends, and vanishes when it raises.
 
     Raises:
-        CheckpointError: if `target` is a file, or a folder that holds something and `overwrite` is false.
+        CheckpointError: if `target` is a file, a folder that holds something and `overwrite` is false, or a folder that
+            cannot be created.
     """
     target = target.absolute()
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"expected a folder to write to, got the file {target}")
     if not overwrite and target.exists() and any(target.iterdir()):
         raise CheckpointError(f"{target} is not empty; choose another folder or pass overwrite=True")
-    target.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
     fresh = target.with_name(f".{target.name}.{token}.new")
     stale = target.with_name(f".{target.name}.{token}.old")
-    fresh.mkdir()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {target}: {error.strerror}; choose another folder") from error
     try:
         yield fresh
         if target.exists():

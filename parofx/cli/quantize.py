@@ -21,9 +21,10 @@ from parofx.cli.common import (
     load,
 )
 from parofx.cli.options import build_config, config_options
+from parofx.cli.output import check_output
 from parofx.cli.plan import print_plan
 from parofx.cli.processes import joined
-from parofx.errors import CheckpointError, DataError
+from parofx.errors import DataError
 
 #: What `inspect` reads the layers' errors from.
 REPORT_FILE = "parofx_report.json"
@@ -42,7 +43,7 @@ def quantize(
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="JSON file with options; those given here come first.", dir_okay=False)
+        Path | None, typer.Option(help="JSON file with options; those given here win.", dir_okay=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     dry_run: Annotated[
@@ -71,8 +72,9 @@ def quantize(
     """  # noqa: D301
     chosen = build_config(config, options)
     # Said before the work, not after it.
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not empty: choose another folder, or pass --overwrite")
+    work_dir = chosen.calibration.work_dir
+    read = [model, *(calibration or ()), *([] if work_dir is None else [work_dir])]
+    check_output(output, overwrite=overwrite, read=read)
     _check(calibration)
     loaded = load(
         model,
@@ -102,7 +104,6 @@ def quantize(
                 loaded.model, chosen, calibration=_calibration(calibration), tokenizer=loaded.tokenizer, progress=True
             )
         except KeyboardInterrupt:
-            work_dir = chosen.calibration.work_dir
             kept = f"what is finished lies in {work_dir}; give the same command again to go on"
             errors_console.print(kept if work_dir else "nothing was kept; with --work-dir a stopped run can go on")
             raise

@@ -168,6 +168,16 @@ def test_new_folder_brings_the_old_one_back_when_the_rename_fails(tmp_path, monk
     assert (target / "old").read_text() == "kept"
 
 
+def test_new_folder_refuses_where_none_can_be_created(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with (
+        pytest.raises(CheckpointError, match=r"cannot write to .*out: .*(Not a directory|exists); choose another"),
+        files.new_folder(tmp_path / "file" / "out", overwrite=True),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_new_folder_refuses_what_is_taken(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="got the file"), files.new_folder(tmp_path / "file", overwrite=True):

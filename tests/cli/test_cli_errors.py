@@ -85,6 +85,40 @@ def test_wrong_data_is_said_before_the_model_is_loaded(run: Run, tmp_path: Path)
         assert expected in " ".join(output.split())
 
 
+def test_what_a_run_reads_is_never_replaced_by_what_it_writes(run: Run, tmp_path: Path) -> None:
+    model, text, work = tmp_path / "all" / "model", tmp_path / "all" / "a.txt", tmp_path / "work"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    text.write_text("a")
+    work.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    for output, read in (
+        (model, model),
+        (link, model),
+        (tmp_path / "all", model),
+        (tmp_path / "all", text),
+        (work, work),
+    ):
+        options = ("--overwrite", "--calibration", text, "--work-dir", work)
+        status, printed, _ = run("quantize", "./missing" if read == text else model, "-o", output, *options)
+        message = f"the output would replace {read}, which this run reads: got -o {output}; choose another folder"
+        assert status == 2
+        assert "".join(message.split()) in "".join(printed.split())
+        assert (model / "config.json").read_text() == "{}"
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    wrong = {"file": "expected a folder to write to", "file/out": "Not a directory", "x" * 300: "File name too long"}
+    for name, message in wrong.items():
+        # There is no such model either.
+        status, output, _ = run("quantize", "./missing", "-o", tmp_path / name, "--overwrite")
+        assert status == 2
+        assert message in " ".join(output.split())
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "kept")]
+
+
 def test_eval_wants_something_to_measure(files: Files, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     status, output, _ = run("eval", files.paro)
     assert status == 2
