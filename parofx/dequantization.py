@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from parofx import integrations, kept_float
+from parofx.checks import check_float_dtype
 from parofx.nn import ParoLinear
 from parofx.unwrapping import plain_module
 
@@ -23,7 +24,11 @@ def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Modu
 
     Returns:
         The model; for a `ParoLinear` itself, the new linear.
+
+    Raises:
+        ConfigError: if `dtype` holds no float weights.
     """
+    dtype = check_float_dtype(dtype)
     model = plain_module(model)
     if integrations.is_transformers_model(model):
         from parofx.integrations import transformers

@@ -4,6 +4,8 @@ from rounded import random_rotation, round_linear, round_model
 from torch import nn
 
 from parofx.dequantization import dequantize
+from parofx.errors import ConfigError
+from parofx.nn import ParoLinear
 
 #: The weight is rounded once to its dtype; K = 64 products are summed in it.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -45,3 +47,11 @@ def test_a_single_linear_and_a_float_model():
     assert isinstance(dequantize(linear), nn.Linear)
     model = nn.Sequential(nn.Linear(4, 4))
     assert dequantize(model) is model
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "int8"], ids=str)
+def test_a_dtype_that_holds_no_weights_is_refused_before_anything_changes(dtype):
+    model = round_model(nn.Sequential(nn.Linear(64, 32)), 16)
+    with pytest.raises(ConfigError, match=r"dtype must be one of torch\.float16, .*, got .*8"):
+        dequantize(model, dtype=dtype)
+    assert isinstance(model[0], ParoLinear)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from parofx import integrations, kept_float
 from parofx.checkpoint import files, layout, skeleton
-from parofx.errors import CheckpointError, one_per_line
+from parofx.checks import check_device, check_float_dtype
+from parofx.errors import CheckpointError, ConfigError, one_per_line
 from parofx.unwrapping import plain_module
 
 
@@ -61,7 +62,7 @@ def load_pretrained(
     directory: str | Path,
     *,
     model: nn.Module | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
     local_files_only: bool = False,
@@ -75,7 +76,7 @@ def load_pretrained(
         directory: a folder, or the id of a hub repository.
         model: a skeleton to fill, on any device (`meta` costs no memory), changed only once everything is read.
             Without it the folder must hold a transformers model.
-        dtype: of all tensors but those of quantization; the stored one by default.
+        dtype: of all tensors but those of quantization, or its name; the stored one by default, or `"auto"`.
         device: where the model will be.
         revision: branch, tag or commit of the hub repository.
         local_files_only: read the hub's local cache, never the network.
@@ -85,7 +86,11 @@ def load_pretrained(
 
     Raises:
         CheckpointError: listing everything that is missing, unexpected, misshapen or contradictory.
+        ConfigError: if `model`, `dtype` or `device` is none.
     """
+    dtype, device = check_float_dtype(dtype), check_device(device)
+    if model is not None and not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module to fill, got {type(model).__name__}")
     folder = files.find_folder(directory, revision=revision, local_files_only=local_files_only)
     config = files.read_json(folder / files.CONFIG_FILE)
     quantization: Any = config.get("quantization_config")

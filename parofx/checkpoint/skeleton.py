@@ -66,7 +66,7 @@ def expected_tensors(model: nn.Module, quantized: Quantized) -> dict[str, Tensor
 def why_keys_differ(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], ties: Iterable[Iterable[str]]
 ) -> list[str]:
-    """Return missing, unexpected and misshapen keys; of tied keys one suffices."""
+    """Return missing, unexpected and misshapen keys, and integers for floats; of tied keys one suffices."""
     missing = set(expected) - set(found)
     for tied in ties:
         if any(key in found for key in tied):
@@ -78,6 +78,11 @@ def why_keys_differ(
             f"{key}: expected {tuple(tensor.shape)}, got {tuple(found[key].shape)}"
             for key, tensor in expected.items()
             if key in found and found[key].shape != tensor.shape
+        ),
+        *(
+            f"{key}: expected floating-point numbers, got {found[key].dtype}"
+            for key, tensor in expected.items()
+            if key in found and tensor.is_floating_point() and not found[key].is_floating_point()
         ),
     ]
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file as save_torch_file
 from torch import nn
 
 from parofx.checkpoint import load_pretrained, pretrained, save_pretrained
-from parofx.errors import CheckpointError
+from parofx.errors import CheckpointError, ConfigError
 from parofx.nn import ParoLinear, tensor_specs
 
 #: fp32 against fp64: a few ulp per term of sums over K = 64 terms.
@@ -334,3 +334,30 @@ def test_the_tokenizer_is_saved_beside(tmp_path):
 
     save_pretrained(quantized_net(), tmp_path / "model", tokenizer=Tokenizer())
     assert (tmp_path / "model" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.int8}, r"dtype must be one of torch\.float16, .*, got torch\.int8"),
+        ({"device": "gpu"}, "device must be one that PyTorch knows, such as 'cpu' or 'cuda:0', got 'gpu'"),
+        ({"device": "cuda:99"}, "device must be present, got 'cuda:99'"),
+        ({"model": "net"}, "model must be a torch.nn.Module to fill, got str"),
+    ],
+)
+def test_wrong_options_of_loading_are_refused(saved, options, message):
+    _, folder = saved
+    with pytest.raises(ConfigError, match=message):
+        load_pretrained(folder, **{"model": Net()} | options)
+
+
+def test_a_dtype_may_be_given_by_its_name(saved):
+    _, folder = saved
+    assert load_pretrained(folder, model=Net(), dtype="bfloat16").embed.weight.dtype == torch.bfloat16
+
+
+def test_a_float_tensor_that_holds_integers_is_refused(saved):
+    _, folder = saved
+    edit(folder, lambda tensors: tensors.update({"embed.weight": torch.ones(10, 64, dtype=torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"embed\.weight: expected floating-point numbers, got torch\.int8"):
+        load_pretrained(folder, model=Net())
