@@ -125,8 +125,12 @@ def captured(
     """Check what `quantize` was given; return the model's graph (stage FLOAT) and the calibration batches."""
     if not isinstance(config, ParoConfig):
         raise ConfigError(f"config must be a ParoConfig, got {type(config).__name__}; {_remedy(config)}")
-    if any(isinstance(module, ParoLinear) for module in model.modules()):
-        raise ConfigError("the model holds ParoLinear modules already; parofx.dequantize(model) gives float ones back")
+    quantized = [name for name, module in model.named_modules() if isinstance(module, ParoLinear)]
+    if quantized:
+        raise ConfigError(
+            f"the model is quantized already ({len(quantized)} ParoLinear modules, such as {quantized[0]!r}); quantize "
+            "the float model it was made from (parofx.dequantize gives float modules, not what was rounded off)"
+        )
     _check_patterns(model, config)
     _warn_of_an_unused_objective(config.calibration)
     if calibration is None:

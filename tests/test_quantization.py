@@ -221,7 +221,10 @@ def test_quantizing_twice_is_an_error():
     model = net()
     quantize(model, example_inputs=inputs())
     before = copy.deepcopy(model)
-    with pytest.raises(ConfigError, match=r"ParoLinear modules already; parofx\.dequantize"):
+    with pytest.raises(
+        ConfigError,
+        match=r"quantized already \(\d+ ParoLinear modules, such as '\w+'\); quantize the float model it was made from",
+    ):
         quantize(model, example_inputs=inputs())
     assert same(model, before)
 
@@ -256,6 +259,14 @@ def test_activations_that_are_not_finite_are_named():
     model.left.weight.data[0, 0] = 1e38
     with pytest.raises(DataError, match="the input of down: rows must be finite"):
         quantize(model, calibration=[1e3 * inputs()])
+
+
+def test_a_dtype_that_cannot_be_computed_with_is_named():
+    model = tiny.model().to(torch.float8_e4m3fn)
+    with pytest.raises(
+        DataError, match=r"(?s)the weight of .*q_proj must be one of torch\.float16.*got torch\.float8_"
+    ):
+        quantize(model)
 
 
 def test_a_weight_that_is_not_finite_is_named():

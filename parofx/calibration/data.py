@@ -73,7 +73,7 @@ def batches(
             return _split(tokens, model, config.batch_size)
         calibration = load_texts(calibration)
     if isinstance(calibration, Tensor):
-        return _split(calibration[: config.samples], model, config.batch_size)
+        return _split(calibration[: config.samples] if calibration.dim() else calibration, model, config.batch_size)
     if isinstance(calibration, Mapping):
         calibration = [calibration]
     if not isinstance(calibration, Iterable):
@@ -254,6 +254,8 @@ def _batch(item: object, model: nn.Module, first_sample: int) -> Batch:
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             _check_tensor(name, value, first_sample)
+            if name == getattr(model, "main_input_name", None) and not value.is_floating_point():
+                _check_tokens(name, value, first_sample, model)
     mask = inputs.get("attention_mask")
     # A mask of more dimensions says who sees whom, not which rows are padding.
     return Batch(inputs, mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None)
@@ -268,13 +270,32 @@ def _remedy(item: object) -> str:
     return ""
 
 
-def _check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
-    """Refuse tokens that the model has no embedding for, which another model's tokenizer gives."""
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return how many tokens a model has embeddings for, where it says."""
     embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
     try:
-        known = getattr(embeddings(), "num_embeddings", None)
+        return getattr(embeddings(), "num_embeddings", None)
     except NotImplementedError:  # of a Transformers model that has none
-        known = None
+        return None
+
+
+def _check_tokens(name: str, tokens: Tensor, first_sample: int, model: nn.Module) -> None:
+    """Refuse tokens that the model has no embedding for; on a GPU they would end the whole process."""
+    known = _vocabulary(model)
+    if known is None:
+        return
+    wrong = ((tokens < 0) | (tokens >= known)).nonzero()
+    if len(wrong):
+        at = wrong[0]
+        raise DataError(
+            f"calibration sample {first_sample + int(at[0])}: {name} holds token {int(tokens[tuple(at)])}, and "
+            f"{type(model).__name__} has embeddings for 0 to {known - 1}; give what the model's own tokenizer gives"
+        )
+
+
+def _check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
+    """Refuse tokens that the model has no embedding for, which another model's tokenizer gives."""
+    known = _vocabulary(model)
     if known is not None and int(tokens.max()) >= known:
         raise DataError(
             f"the tokenizer gives token {int(tokens.max())}, and {type(model).__name__} has embeddings for {known}; "

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from parofx.calibration.fitting import FittedTransform
+from parofx.checks import FLOAT_DTYPES
 from parofx.errors import DataError
 from parofx.passes.blocks import block_of
 from parofx.passes.compensation import compensate, correction, quantized_weight
@@ -191,12 +192,19 @@ def find_transforms(gm: GraphModule) -> list[Transform]:
 
 
 def check_weights(transforms: Sequence[Transform]) -> None:
-    """Check that the weights behind transforms are finite.
+    """Check that the weights behind transforms are finite and of a dtype that can be computed with.
 
     Raises:
         DataError: naming those that are not.
     """
     weights = [linear for transform in transforms for linear in transform.linears]
+    for linear in weights:
+        if linear.weight.dtype not in FLOAT_DTYPES:
+            raise DataError(
+                f"the weight of {linear.name} must be one of {', '.join(map(str, FLOAT_DTYPES))}, got "
+                f"{linear.weight.dtype}; load the model in one of them, with the scales that belong to it applied, or "
+                "add the module to modules_to_not_convert"
+            )
     wrong = [linear.name for linear in weights if not torch.isfinite(linear.weight).all()]
     if wrong:
         names = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")

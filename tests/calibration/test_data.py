@@ -212,6 +212,7 @@ def test_numbers_that_are_not_finite_are_named_by_sample(value: float) -> None:
         ([(torch.ones(1), torch.ones(1), torch.ones(1), torch.ones(1))], "Model.forward does not take it"),
         ([torch.ones(0, 3)], r"x is empty, of shape \(0, 3\)"),
         (torch.ones(0, 3), r"at least one sample, got a tensor of shape \(0, 3\)"),
+        (torch.tensor(3.0), r"at least one sample, got a tensor of shape \(\)"),
     ],
 )
 def test_what_is_no_data_is_refused(calibration: object, message: str) -> None:
@@ -236,6 +237,15 @@ def test_another_models_tokenizer_is_refused() -> None:
             raise NotImplementedError
 
     assert batches(known, NoTable(), CONFIG, tokenizer=Numbers())
+
+
+@pytest.mark.parametrize("token", [-100, tiny.VOCAB])
+def test_a_token_without_an_embedding_is_named(token: int) -> None:
+    good, bad = torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)
+    bad[1, 3] = token
+    message = f"sample 3: input_ids holds token {token}, and LlamaForCausalLM has embeddings for 0 to {tiny.VOCAB - 1}"
+    with pytest.raises(DataError, match=message):
+        batches([good, {"input_ids": bad}], tiny.model(), CONFIG)
 
 
 def test_an_item_that_is_no_text_is_named() -> None:
