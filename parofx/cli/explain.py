@@ -29,7 +29,7 @@ def explain(
     model: Source,
     grep: Annotated[str | None, typer.Option(help="Show only rows whose name contains this.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="JSON file with options; those given here come first.", dir_okay=False)
+        Path | None, typer.Option(help="JSON file with options; those given here win.", dir_okay=False)
     ] = None,
     json_file: JsonFile = None,
     revision: Revision = None,
@@ -41,7 +41,7 @@ def explain(
 ) -> None:
     """Tell what would be quantized, shared, merged and skipped, and why. Changes nothing.
 
-    Of a PARO checkpoint: what is quantized, merged and lowered; options mean nothing there.
+    Of a PARO checkpoint: what is quantized, merged and lowered; these options change nothing there.
 
     \b
     parofx explain ./llama
