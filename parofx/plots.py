@@ -17,8 +17,6 @@ from parofx.report import LinearReport
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Output channels drawn: a picture has no more rows than this.
-_ROWS = 256
 _BEFORE, _AFTER = "#b0413e", "#27647b"
 
 
@@ -32,9 +30,10 @@ def rotated_weight(weight: Tensor, linear: ParoLinear) -> Tensor:
 def plot_weights(
     before: Tensor, after: Tensor, *, bits: int, group_size: int, title: str, path: str | Path | None = None
 ) -> Figure:
-    """Draw a weight before and after its transform, and the quantization steps that follow from each.
+    """Draw a weight before and after its transform: a group and its grid, and the steps of all groups.
 
-    The error of rounding grows with the square of a group's step, which is its range over `2^bits − 1`.
+    The error of rounding grows with the square of a group's step, which is its range over `2^bits − 1`. The group drawn
+    is one whose step shrinks more than nine in ten do.
 
     Args:
         before: float weight `(N, K)`.
@@ -50,17 +49,23 @@ def plot_weights(
     if before.shape != after.shape:
         raise ShapeError(f"before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
     figure = _figure(11, 6.5)
-    grid = figure.add_gridspec(2, 2, height_ratios=(1.25, 1))
-    drawn = [weight[:_ROWS].detach().float().abs().cpu() for weight in (before, after)]
-    # The scales of a transform change magnitudes; each picture is shown relative to its own typical weight.
-    drawn = [weight / weight.square().mean().sqrt() for weight in drawn]
-    for column, (weight, name) in enumerate(zip(drawn, ("before", "after rotation and scaling"), strict=True)):
-        axes = figure.add_subplot(grid[0, column])
-        image = axes.imshow(weight.numpy(), aspect="auto", cmap="magma", vmin=0, vmax=6, interpolation="nearest")
-        axes.set_title(f"|weight| {name}; largest {float(weight.max()):.1f}", fontsize=10)
-        axes.set_xlabel("input channel")
-        axes.set_ylabel("output channel" if column == 0 else "")
-    figure.colorbar(image, ax=figure.axes, label="in root mean squares", pad=0.01)
+    grid = figure.add_gridspec(2, 2)
+    row, group = _group_that_shrinks(before, after, bits, group_size)
+    first = None
+    for column, (weight, name, color) in enumerate(
+        zip((before, after), ("before", "rotated and scaled"), (_BEFORE, _AFTER), strict=True)
+    ):
+        part = weight[row : row + 1, group * group_size : (group + 1) * group_size].detach().float().cpu()
+        part = part / part.square().mean().sqrt().clamp(min=1e-30)
+        scales, zeros = affine.choose_qparams(part, bits, group_size)
+        first = axes = figure.add_subplot(grid[0, column], sharey=first)
+        for code in range(affine.quant_max(bits) + 1):
+            axes.axhline(float((code - zeros) * scales), color="0.82", linewidth=0.7, zorder=0)
+        axes.vlines(range(group_size), 0, part[0].numpy(), color=color, linewidth=1)
+        axes.plot(part[0].numpy(), ".", color=color, markersize=4)
+        axes.set_title(f"one group {name}, lines where codes lie: step {float(scales):.2f}", fontsize=10)
+        axes.set_xlabel("input channel of the group")
+        axes.set_ylabel("in root mean squares of the group" if column == 0 else "")
 
     axes = figure.add_subplot(grid[1, :])
     steps = [_relative_steps(weight, bits, group_size) for weight in (before, after)]
@@ -68,7 +73,7 @@ def plot_weights(
     for values, name, color in zip(steps, ("before", "after"), (_BEFORE, _AFTER), strict=True):
         label = f"{name}: mean square {float(values.square().mean()):.4f}"
         axes.hist(values.numpy(), bins=bins, histtype="stepfilled", alpha=0.45, color=color, label=label)
-    axes.set_title(f"quantization steps at {bits} bit, groups of {group_size}", fontsize=10)
+    axes.set_title(f"steps of all groups, {bits} bit, groups of {group_size}", fontsize=10)
     axes.set_xlabel("step, in root mean squares of the weight")
     axes.set_ylabel("groups")
     axes.legend(frameon=False)
@@ -111,6 +116,18 @@ def plot_errors(runs: Mapping[str, Sequence[LinearReport]], *, path: str | Path 
     figure.legend(handles, labels, loc="outside upper center", ncols=len(runs), frameon=False)
     finished: Figure = _finish(figure, path)
     return finished
+
+
+def _group_that_shrinks(before: Tensor, after: Tensor, bits: int, group_size: int) -> tuple[int, int]:
+    """Return output channel and index of a group whose step, over its own weights, shrinks more than nine in ten do."""
+    steps = []
+    for weight in (before, after):
+        weight = weight.detach().float().cpu()
+        size = affine.grouped(weight, group_size).square().mean(2).sqrt().clamp(min=1e-30)
+        steps.append(affine.choose_qparams(weight, bits, group_size)[0].float() / size)
+    ratios = (steps[1] / steps[0]).flatten()
+    chosen = int(ratios.argsort()[len(ratios) // 10])
+    return divmod(chosen, steps[0].shape[1])
 
 
 def _relative_steps(weight: Tensor, bits: int, group_size: int) -> Tensor:

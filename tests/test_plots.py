@@ -39,8 +39,14 @@ def test_weights_are_drawn_with_their_steps(tmp_path: Path) -> None:
     figure = plots.plot_weights(before, after, bits=4, group_size=32, title="layer", path=tmp_path / "w.png")
     assert [path.name for path in tmp_path.iterdir()] == ["w.png"]
     assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
-    images = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    assert [image.shape for image in images] == [(256, 64), (256, 64)]
+    for axes, weight in zip(figure.axes, (before, after), strict=False):
+        *levels, dots = axes.get_lines()
+        drawn = torch.tensor(dots.get_ydata())
+        groups = affine.grouped(weight, 32) / affine.grouped(weight, 32).square().mean(2, keepdim=True).sqrt()
+        assert (groups - drawn).abs().amax(2).min() < 1e-6
+        heights = torch.tensor([line.get_ydata()[0] for line in levels])
+        assert len(heights) == 16
+        assert (drawn[:, None] - heights).abs().amin(1).max() <= heights.diff().amax() / 2 + 1e-3
     steps = affine.choose_qparams(before, 4, 32)[0] / before.square().mean().sqrt()
     label = f"before: mean square {float(steps.square().mean()):.4f}"
     assert label in [text.get_text() for axes in figure.axes if (legend := axes.get_legend()) for text in legend.texts]
