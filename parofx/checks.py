@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
+from torch import nn
 
 from parofx.errors import ConfigError
+
+logger = logging.getLogger("parofx")
 
 #: What weights may be computed and stored in.
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,3 +48,16 @@ def check_device(device: torch.device | str) -> torch.device:
             "use another, or 'cpu'"
         )
     return found
+
+
+def warn_of_long_windows(seqlen: int, model: nn.Module) -> None:
+    """Warn where windows of text are longer than what a model's configuration says that it was made for."""
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(longest, int) and seqlen > longest:
+        logger.warning(
+            "windows have %d tokens, and %s was made for %d (max_position_embeddings): what it computes behind them may "
+            "be no language; give a smaller seqlen",
+            seqlen,
+            type(model).__name__,
+            longest,
+        )

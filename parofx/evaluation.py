@@ -26,6 +26,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from parofx import kept_float
+from parofx.checks import warn_of_long_windows
 from parofx.errors import DataError
 from parofx.nn import ParoLinear
 
@@ -93,6 +94,7 @@ def evaluate(
         raise DataError(
             f"tokens must be integers (windows, seqlen ≥ 2), at least one, got {tokens.dtype} {tuple(tokens.shape)}"
         )
+    warn_of_long_windows(tokens.shape[1], model)
     start = time.perf_counter()
     nll, kl, agreed, reference_nll = [], [], [], []
     with _evaluation_mode(model, reference):

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 #: A linear with a larger relative error than this is as good as gone.
 _LOST = 0.5
+#: Bits per weight from which on quantization saves nothing.
+_BITS_OF_FLOATS = 16
 #: What `register_forward_hook` and `register_forward_pre_hook` write to.
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -204,6 +206,13 @@ def _warn(report: QuantizationReport) -> None:
             "so few bits lose more than half of what these linears compute; their weights may be too small for scales "
             "in fp16. Leave them float with modules_to_not_convert, or rescale them:\n%s",
             one_per_line(lost),
+        )
+    if report.linears and report.bits_per_weight >= _BITS_OF_FLOATS:
+        logger.warning(
+            "the quantized linears take %.1f bits per weight, scales, rotations and corrections included, which is no "
+            "less than 16-bit floats do: they have few output channels, or compensation_rank=%d is more than they need",
+            report.bits_per_weight,
+            report.config.calibration.compensation_rank,
         )
 
 

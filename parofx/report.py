@@ -19,7 +19,7 @@ class FloatReason(StrEnum):
     EXCLUDED = "excluded by modules_to_not_convert"
     OUTPUT_HEAD = "output head"
     IN_FEATURES = "no group size divides in_features"
-    OUT_FEATURES = "out_features fill no whole words"
+    OUT_FEATURES = "out_features fill no whole 32-bit words"
     ROUTER = "router: its output selects experts"
     WEIGHT_NOT_MATRIX = "the weight is a slice of a larger parameter (fused experts)"
     FUNCTIONAL = "the weight is read by code other than one linear module"

@@ -102,7 +102,9 @@ class TestExplain:
             expected.append(ExplainedLinear(f"{block}.down", "quantize", "own transform; group_size 64"))
         expected += [
             ExplainedLinear(
-                "head", "keep float", "out_features fill no whole words (12 out_features; 4 bits need a multiple of 8)"
+                "head",
+                "keep float",
+                "out_features fill no whole 32-bit words (12 out_features; 4 bits need a multiple of 8)",
             ),
             ExplainedLinear(
                 "w",
@@ -115,7 +117,7 @@ class TestExplain:
         assert lines[0] == "2 blocks: stack.whatever.0, stack.whatever.1"
         assert (
             " ".join(lines[-2].split())
-            == "head keep float out_features fill no whole words (12 out_features; 4 bits need a multiple of 8)"
+            == "head keep float out_features fill no whole 32-bit words (12 out_features; 4 bits need a multiple of 8)"
         )
 
     def test_nothing_is_changed(self) -> None:

@@ -680,3 +680,12 @@ def test_an_objective_that_the_rounding_has_no_use_for_is_told(caplog, options, 
 def test_a_model_without_linears_has_nothing_to_quantize(caplog):
     assert quantize(nn.Sequential(nn.ReLU()), example_inputs=inputs()).kept_float == ()
     assert caplog.messages[-1] == "nothing was quantized, and the model is as it was: no linears"
+
+
+def test_corrections_that_take_as_much_as_floats_are_told(caplog):
+    quantize(
+        net(), replace(CONFIG, calibration=replace(CONFIG.calibration, compensation_rank=64)), example_inputs=inputs()
+    )
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "bits per weight" in message
+    assert "compensation_rank=64 is more than they need" in message

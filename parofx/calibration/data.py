@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from parofx.calibration.sources import Document, check_document, load_texts
+from parofx.checks import warn_of_long_windows
 from parofx.config import CalibrationConfig
 from parofx.errors import DataError
 
@@ -69,6 +70,7 @@ def batches(
     """
     if isinstance(calibration, (str, Path)):
         if str(calibration) == SELF_SOURCE:
+            warn_of_long_windows(config.seqlen, model)
             tokens = sample_from_model(model, tokenizer, config)
             return _split(tokens, model, config.batch_size)
         calibration = load_texts(calibration)
@@ -96,6 +98,7 @@ def batches(
             _documents(first, items), tokenizer, seqlen=config.seqlen, samples=config.samples, seed=config.seed
         )
         _check_vocabulary(tokens, model)
+        warn_of_long_windows(config.seqlen, model)
         return _split(tokens, model, config.batch_size)
     return _given_batches(first, items, model, config.samples)
 
