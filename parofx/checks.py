@@ -55,7 +55,7 @@ def warn_of_long_windows(seqlen: int, model: nn.Module) -> None:
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(longest, int) and seqlen > longest:
         logger.warning(
-            "windows have %d tokens, and %s was made for %d (max_position_embeddings): what it computes behind them may "
+            "windows have %d tokens, and %s was made for %d (max_position_embeddings): what it computes behind may "
             "mean nothing; give a smaller seqlen",
             seqlen,
             type(model).__name__,
