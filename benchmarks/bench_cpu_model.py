@@ -237,7 +237,8 @@ def _prepare(model: nn.Module, variant: Variant) -> tuple[str, dict[str, Any] | 
     if variant.config is not None:
         import parofx
 
-        calibration = parofx.CalibrationConfig(recipe="data-free", steps=0, clip_ratios=(1.0,))
+        # A step, so that transforms differ: equal ones would be rotated with once.
+        calibration = parofx.CalibrationConfig(recipe="data-free", steps=1, clip_ratios=(1.0,))
         config = parofx.ParoConfig(**variant.config, calibration=calibration)
         parofx.quantize(model, config, progress=False)
         return "paro", {"activations": variant.activations}
