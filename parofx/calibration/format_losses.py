@@ -120,7 +120,7 @@ def format_losses(
         rotated = transform.weight(weight[rows])
         if sensitivity is None:
             moments = _white(weight.shape[1], form.group_size)
-            unit = 0.5 / weight[rows].square().sum(dtype=torch.float64).clamp(min=1e-30)
+            unit = 0.5 / weight[rows].float().square().sum(dtype=torch.float64).clamp(min=1e-30)
         else:
             moments, per_row = sensitivity.moments.narrowed(form.group_size), sensitivity.channels
             unit = per_row[rows].to(weight.device) * float(per_row.sum() / per_row[rows].sum().clamp(min=1e-30)) / 2
@@ -134,7 +134,7 @@ def format_losses(
 def _white(in_features: int, group_size: int) -> InputStatistics:
     """Return moments of inputs that are all alike: by them an error counts as it is behind the inverse transform."""
     moments = InputStatistics(in_features, group_size)
-    moments.update(group_size**0.5 * torch.eye(group_size).repeat(1, in_features // group_size))
+    moments.update(group_size**0.5 * torch.eye(group_size, dtype=torch.float32).repeat(1, in_features // group_size))
     return moments
 
 

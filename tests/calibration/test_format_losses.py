@@ -22,6 +22,13 @@ def test_without_data_a_loss_is_relative(size):
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squares_of_short_floats_are_summed_in_longer_ones(dtype):
+    matrix = (weight() * 2e-5).to(dtype)
+    expected = format_losses([matrix.float()], [None], None, FORM, [(3, 4)], CONFIG)
+    torch.testing.assert_close(format_losses([matrix], [None], None, FORM, [(3, 4)], CONFIG), expected)
+
+
 def test_without_data_a_loss_is_half_the_relative_squared_error():
     matrix = weight()
     [[loss]] = format_losses([matrix], [None], None, TransformFormat(64, 0), [(4,)], CalibrationConfig(steps=0))
