@@ -86,7 +86,7 @@ class CalibrationConfig:
         block_loss: of a block's output against the float one's: `"relative"`, the mean over rows of the squared error
             relative to the row's squared length, or `"smooth_l1"`.
         autocast: run the model with bf16 or TF32 products where it is fp32, and with bf16 ones whatever it is while
-            blocks or the model are trained; sums stay fp32.
+            blocks or the model are trained, if the device is fast at them; sums stay fp32.
         seed: fixes pairs, sampled rows and the order of data.
         seqlen: tokens per calibration sequence.
         samples: sequences used.

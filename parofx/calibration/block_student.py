@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from parofx import rotation
 from parofx.affine import LARGEST_SCALE, SMALLEST_SCALE, quant_max
+from parofx.calibration.segment import SegmentInterpreter
 from parofx.passes.graph import FAKE_QUANTIZE, ROTATE
 
 _ASSERT_METADATA = torch.ops.aten._assert_tensor_metadata.default
@@ -133,7 +134,7 @@ def differentiable_qparams(weight: Tensor, bits: int, group_size: int) -> tuple[
     return scales, -low / scales
 
 
-class Student(Interpreter):
+class Student(SegmentInterpreter):
     """Runs a segment with given weights in the place of the quantized linears' own.
 
     Args:
@@ -146,7 +147,6 @@ class Student(Interpreter):
         self, module: GraphModule, weights: Mapping[str, Tensor], record: Callable[[Node, Tensor], None] | None = None
     ) -> None:
         super().__init__(module)
-        self.extra_traceback = False
         self._weights = weights
         self._record = record
 

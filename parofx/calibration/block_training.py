@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from parofx.calibration.block_student import Student, TrainedTransform
 from parofx.calibration.descent import Groups, descend
 from parofx.calibration.fixed_codes import angle_masks, continuous
+from parofx.calibration.precision import autocast_while_training
 from parofx.calibration.processes import together, total, totals
 from parofx.calibration.row_masks import row_mask_of
 from parofx.calibration.shares import Shares
@@ -159,7 +160,7 @@ class BlockTrainer:
     def _loss(self, weights: Mapping[str, Tensor], piece: int) -> Tensor:
         """Return the loss on a piece: its share of its batch's loss."""
         device = next(iter(weights.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._config.autocast):
+        with autocast_while_training(device, enabled=self._config.autocast):
             output = Student(self._module, weights).run(*self._data.arguments[piece])
         outputs = counting_outputs(self._module, output, self._data.masks[piece])
         wholes: Sequence[Whole | None] = [None] * len(outputs)

