@@ -66,6 +66,7 @@ ROWS: dict[str, tuple[ParoConfig, bool]] = {
     "ablation: range objective": (ParoConfig(calibration=replace(FAST, objective="range")), True),
     "ablation: no clip search": (ParoConfig(calibration=replace(FAST, clip_ratios=(1.0,))), True),
     "ablation: no sweeps": (ParoConfig(calibration=replace(FAST, sweeps=0)), True),
+    "ablation: feedback between rows": (ParoConfig(calibration=replace(FAST, gradient_samples=8)), True),
     "ablation: damping 0.1": (ParoConfig(calibration=replace(FAST, damping=(0.1,))), True),
     "ablation: greedy pairs": (ParoConfig(calibration=replace(FAST, pairs="greedy")), True),
     "ablation: own transform per linear": (ParoConfig(share_siblings=False, calibration=FAST), True),

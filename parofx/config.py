@@ -72,6 +72,9 @@ class CalibrationConfig:
         damping: candidates of what is added to the inputs' second moments before error feedback, relative to their
             mean; of several the one with the smallest error on held-out sequences is taken.
         sweeps: rounds of coordinate descent and of refitted scales behind error feedback.
+        gradient_samples: sequences on which the model's gradients tell how errors in a linear's outputs join, so that
+            error feedback runs between rows as well; 0 rounds every row for itself. Where blocks are trained, with
+            `compensation_rank`, and without error feedback none are taken.
         transform_epochs: passes over the data in which a block's angles and channel scales are trained.
         weight_epochs: passes in which its weights, scales and zeros are trained.
         transform_learning_rate: of AdamW on angles and channel scales of a block.
@@ -110,6 +113,7 @@ class CalibrationConfig:
     rounding: RoundingMethod = _BY_RECIPE
     damping: tuple[float, ...] = (0.03, 0.1, 0.3)
     sweeps: int = 4
+    gradient_samples: int = 0
     transform_epochs: int = _BY_RECIPE
     weight_epochs: int = _BY_RECIPE
     transform_learning_rate: float = _BY_RECIPE
@@ -145,7 +149,7 @@ class CalibrationConfig:
             object.__setattr__(self, "objective", "ldl" if self.rounding == "feedback" else "range")
         for name in ("rows", "samples", "batch_size", "distill_batch_size"):
             problems += _check_int(name, getattr(self, name), 1)
-        for name in ("steps", "sweeps", "validation_samples", "seed", "compensation_rank"):
+        for name in ("steps", "sweeps", "gradient_samples", "validation_samples", "seed", "compensation_rank"):
             problems += _check_int(name, getattr(self, name), 0)
         for name in ("transform_epochs", "weight_epochs", "tune_epochs", "distill_epochs"):
             problems += _check_int(name, getattr(self, name), 0)
@@ -179,6 +183,12 @@ class CalibrationConfig:
     def trains_blocks(self) -> bool:
         """Whether blocks are trained, besides fitting each transform for itself."""
         return self.transform_epochs > 0 or self.weight_epochs > 0 or self.tune_epochs > 0
+
+    @property
+    def joins_outputs(self) -> bool:
+        """Whether error feedback runs between rows, by the gradients of some sequences."""
+        plain = self.rounding == "nearest" or self.trains_blocks or self.compensation_rank > 0
+        return self.gradient_samples > 0 and not plain
 
     @property
     def trains(self) -> bool:

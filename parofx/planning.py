@@ -22,12 +22,14 @@ from parofx.calibration.format_losses import TransformFormat, stored_bytes
 from parofx.calibration.memory import TransformShape, disk_bytes, memory_terms
 from parofx.calibration.probe import estimate_seconds
 from parofx.calibration.processes import process_count
+from parofx.calibration.sensitivity import first_sequences
 from parofx.calibration.shares import check_enough, shares_of
 from parofx.calibration.stream import first_held_out
 from parofx.calibration.traffic import SegmentTraffic, measure_segments, size_of
 from parofx.config import ParoConfig
 from parofx.passes.allocate_bits import AllocateBits
 from parofx.passes.insert_transforms import InsertTransforms
+from parofx.passes.linears import find_embeddings
 from parofx.passes.transforms import Transform, find_transforms
 from parofx.pipeline import Pipeline
 from parofx.quantization import captured, not_converted, output_heads
@@ -164,6 +166,10 @@ def plan_quantization(
         parts = few_at_a_time(gm, batches or (), config.calibration)
         distilled = measure_segments(gm, shares_of(gm, parts, cut=True).pieces, whole=True)
         distill_steps = config.calibration.distill_epochs * len(steps_of(parts, config.calibration))
+    probed: tuple[SegmentTraffic, ...] = ()
+    if with_data and config.calibration.joins_outputs and transforms:
+        probed = measure_segments(gm, first_sequences(gm, batches or (), 1), whole=True)
+    vocabularies = {len(table) for table in find_embeddings(gm)}
     shapes = [_shape(gm, transform) for transform in transforms]
     packed_bytes = uniform_bytes = sum(linear.packed_bytes for linear in linears)
     if budget_bytes is not None:
@@ -189,6 +195,8 @@ def plan_quantization(
             packed_bytes=packed_bytes,
             itemsize=parameter.element_size(),
             distilled=distilled,
+            probed=probed,
+            joined=[shape for shape in shapes if shape.out_features not in vocabularies],
         ),
         disk_bytes=disk_bytes(config, shapes, segments, process_count()),
         checkpoint_bytes=_checkpoint_bytes(skeleton, linears) + packed_bytes - uniform_bytes,
@@ -201,6 +209,7 @@ def plan_quantization(
             dtype=parameter.dtype,
             device=device,
             distilled=distilled,
+            probed=probed,
             processes=process_count(),
         ),
         budget_bytes=budget_bytes,

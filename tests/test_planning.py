@@ -97,9 +97,10 @@ def peak_bytes(work) -> int:
         {"rounding": "nearest"},
         {"transform_epochs": 1, "weight_epochs": 1, "tune_epochs": 1},
         {"distill_epochs": 1},
+        {"gradient_samples": 3, "sweeps": 0},
         {"lm_head": 4},
     ],
-    ids=["feedback", "nearest", "trained", "distilled", "head"],
+    ids=["feedback", "nearest", "trained", "distilled", "gradients", "head"],
 )
 def test_memory_and_disk_are_bounds(tmp_path, options):
     head = {name: options[name] for name in options if name == "lm_head"}

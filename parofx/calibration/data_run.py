@@ -24,6 +24,7 @@ from parofx.calibration.block_training import BlockData, counting_outputs
 from parofx.calibration.distillation import Distiller
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.normalized import mark_normalized
+from parofx.calibration.output_moments import OutputMoments, measure_output_moments
 from parofx.calibration.precision import product_precision
 from parofx.calibration.processes import check_alike, fit_together, process_count, together
 from parofx.calibration.progress import BlockProgress
@@ -39,8 +40,8 @@ from parofx.report import BlockReport, StageReport
 
 logger = logging.getLogger("parofx")
 
-#: Fits one transform on all statistics and on the held-out part of them.
-Fit = Callable[[Transform, InputStatistics | None, InputStatistics | None], FittedTransform]
+#: Fits one transform on all statistics, on the held-out part of them, and on the moments of gradients at its outputs.
+Fit = Callable[[Transform, InputStatistics | None, InputStatistics | None, Sequence[Tensor]], FittedTransform]
 
 
 class DataRun:
@@ -81,6 +82,7 @@ class DataRun:
         self._statistics: dict[str, InputStatistics] = {}
         self._held_out: dict[str, InputStatistics] = {}
         self._norms: dict[str, OutputNorm | None] = {}
+        self._outputs: dict[str, OutputMoments] = {}
         self._first_held_out = first_held_out(self._batches, config.calibration.validation_samples)
         mark_normalized(gm, transforms)
         # What is fitted replaces them in the graph.
@@ -109,6 +111,8 @@ class DataRun:
         due = {name: stream.last_segment_of(name) for name in self._transforms}
         # Nothing behind the last transform is needed, above all no logits.
         end = 1 + max(map(stream.segments.index, due.values()), default=-1)
+        if self._config.calibration.joins_outputs and finished < end:
+            self._measure_outputs()
         found: dict[str, FittedTransform] = {}
         for index, segment in enumerate(stream.segments[:end]):
             names = [name for name, last in due.items() if last == segment]
@@ -134,6 +138,18 @@ class DataRun:
         if self._config.calibration.distill_epochs and found:
             self._distill(found)
 
+    def _measure_outputs(self) -> None:
+        """Measure how errors in the outputs of each linear join."""
+        calibration = self._config.calibration
+        self._progress.measuring(calibration.gradient_samples)
+        with self._fast_products():
+            self._outputs = measure_output_moments(
+                self._gm, self._weights, self._batches, samples=calibration.gradient_samples, seed=calibration.seed
+            )
+
+    def _fast_products(self) -> contextlib.AbstractContextManager[None]:
+        return product_precision("fast") if self._config.calibration.autocast else contextlib.nullcontext()
+
     def _distill(self, fits: Mapping[str, FittedTransform]) -> None:
         """Train all linears together."""
         transforms = list(self._transforms.values())
@@ -153,8 +169,7 @@ class DataRun:
         open_before = set(self._statistics)
         targets: list[list[Tensor]] = []
         self._piece = 0
-        precision = product_precision("fast") if self._config.calibration.autocast else contextlib.nullcontext()
-        with together(), precision:
+        with together(), self._fast_products():
             for output in stream.run(segment, self._record):
                 if students:
                     targets.append(counting_outputs(stream.module(segment), output, stream.masks[self._piece]))
@@ -209,10 +224,13 @@ class DataRun:
         return self._held_out.pop(name, empty)
 
     def _fit(self, name: str, statistics: InputStatistics, held_out: InputStatistics) -> FittedTransform:
+        transform = self._transforms[name]
         if statistics.count:
-            return self._fit_transform(self._transforms[name], statistics, held_out)
+            measured = all(one.name in self._outputs for one in transform.linears)
+            outputs = [part for one in transform.linears for part in self._outputs[one.name].parts] if measured else []
+            return self._fit_transform(transform, statistics, held_out, outputs)
         logger.warning("no calibration row reaches %s; it is fitted on its weights alone", name)
-        return self._fit_transform(self._transforms[name], None, None)
+        return self._fit_transform(transform, None, None, ())
 
     def _open_store(self) -> SharedStore | None:
         calibration = self._config.calibration

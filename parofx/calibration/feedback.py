@@ -50,6 +50,21 @@ class RoundedWeight:
         return affine.dequantize(self.codes, self.scales, self.zeros, self.codes.shape[1] // self.scales.shape[1])
 
 
+@dataclass(frozen=True)
+class ColumnFactor:
+    """How errors of columns are taken over by others: L of `H[order][:, order] = L D Lᵀ`, unit lower triangular."""
+
+    order: Tensor
+    lower: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor) -> ColumnFactor:
+        """Factor damped moments `(K, K)`, the columns of largest power last."""
+        order = gram.diagonal().argsort()
+        factor = lower_factor(gram[order][:, order].double())
+        return cls(order, (factor / factor.diagonal()).to(gram.dtype))
+
+
 def damped(gram: Tensor, damping: float) -> Tensor:
     """Return `gram + damping · mean(diag) · I`; the identity for inputs that are silent.
 
@@ -94,6 +109,7 @@ def round_with_feedback(
     bits: int | Tensor,
     group_size: int,
     sweeps: int,
+    columns: ColumnFactor | None = None,
 ) -> RoundedWeight:
     """Round a weight so that its outputs, rather than its entries, stay close; never worse than to nearest.
 
@@ -105,27 +121,27 @@ def round_with_feedback(
         bits: width of a code, of all rows or of each, `(N,)`.
         group_size: channels per group, g.
         sweeps: rounds of coordinate descent, each followed by a refit of the scales.
+        columns: of `gram`, where several weights are rounded by it.
 
     Raises:
         ShapeError: if the tensors do not fit together.
     """
-    columns = weight.shape[1]
-    if tuple(gram.shape) != (columns, columns):
+    in_features = weight.shape[1]
+    if tuple(gram.shape) != (in_features, in_features):
         raise ShapeError(
-            f"gram must be {(columns, columns)} for a weight {tuple(weight.shape)}, got {tuple(gram.shape)}"
+            f"gram must be {(in_features, in_features)} for a weight {tuple(weight.shape)}, got {tuple(gram.shape)}"
         )
     codes = affine.quantize(weight, scales, zeros, bits, group_size)
     scales, zeros = scales.clone(), zeros.clone()
-    order = gram.diagonal().argsort()
-    factor = _unit_factor(gram, order)
-    rows = max(1, _CHUNK_ELEMENTS // columns)
+    columns = columns or ColumnFactor.of(gram)
+    rows = max(1, _CHUNK_ELEMENTS // in_features)
     for first in range(0, len(weight), rows):
         chunk = slice(first, first + rows)
         start = RoundedWeight(codes[chunk], scales[chunk], zeros[chunk])
         widths = bits[chunk] if isinstance(bits, Tensor) else bits
         problem = _Problem(weight[chunk], gram, start, widths, group_size)
         nearest = problem.steps
-        problem.feed_back(factor, order)
+        problem.feed_back(columns)
         problem.keep_better(nearest)
         for _ in range(sweeps):
             problem.sweep()
@@ -138,12 +154,6 @@ def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
     """Return `e H eᵀ` of each row, fp64 `(N,)`, for two matrices `(N, K)`."""
     error = (weight.float() - rounded.float()).to(gram.dtype)
     return ((error @ gram) * error).double().sum(1)
-
-
-def _unit_factor(gram: Tensor, order: Tensor) -> Tensor:
-    """Return L of `H[order][:, order] = L D Lᵀ`, fp32."""
-    factor = lower_factor(gram[order][:, order].double())
-    return (factor / factor.diagonal()).to(gram.dtype)
 
 
 class _Problem:
@@ -162,13 +172,14 @@ class _Problem:
         """Return the codes `(N, K)`, uint8."""
         return (self.steps + self.zeros.repeat_interleave(self.group_size, 0)).t().to(torch.uint8)
 
-    def feed_back(self, factor: Tensor, order: Tensor) -> None:
-        """Round all columns, the last of `order` first."""
+    def feed_back(self, columns: ColumnFactor) -> None:
+        """Round all columns, the last of their order first."""
+        factor = columns.lower
         self.steps = torch.empty_like(self.target)
-        exact = self.target[order]
+        exact = self.target[columns.order]
         pending = exact.clone()
         errors = torch.empty_like(pending[:_BLOCK])
-        channels = order.tolist()
+        channels = columns.order.tolist()
         for end in range(len(channels), 0, -_BLOCK):
             begin = max(end - _BLOCK, 0)
             for column in range(end - 1, begin - 1, -1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from parofx import affine, rotation
 from parofx.calibration.activation_energy import FeedbackEnergy
 from parofx.calibration.feedback import RoundedWeight, damped, output_error, round_with_feedback
+from parofx.calibration.output_feedback import round_with_output_feedback
 from parofx.calibration.precision import product_precision
 from parofx.calibration.range_objective import fit_transform
 from parofx.calibration.rounding import choose_clipped_qparams, relative_error, rotated_block_gram, rotated_gram
@@ -84,6 +86,7 @@ def fit(
     group_size: int,
     krot: int,
     config: CalibrationConfig,
+    outputs: Sequence[Tensor] = (),
 ) -> FittedTransform:
     """Fit θ and channel scales on the siblings' weights `(N_i, K)`, then round each weight.
 
@@ -95,6 +98,8 @@ def fit(
         group_size: g.
         krot: rotation rounds.
         config: how to fit and to round.
+        outputs: moments of the gradients at the siblings' outputs, by which error feedback joins rows; none rounds
+            each row for itself.
     """
     device = weights[0].device
     with torch.enable_grad():
@@ -111,8 +116,9 @@ def fit(
     pairs, theta, channel_scales = (one.to(device) for one in (found.pairs, found.theta, found.channel_scales))
     transform = Rotated(pairs, theta, channel_scales, group_size)
     rotated = [transform.weight(weight) for weight in weights]
+    losses = (found.loss_before, found.loss_after)
     return round_rotated(
-        rotated, transform, statistics, held_out, bits=bits, config=config, losses=(found.loss_before, found.loss_after)
+        rotated, transform, statistics, held_out, bits=bits, config=config, losses=losses, outputs=outputs
     )
 
 
@@ -159,10 +165,11 @@ def round_rotated(
     bits: Sequence[int],
     config: CalibrationConfig,
     losses: tuple[float, float],
+    outputs: Sequence[Tensor] = (),
 ) -> FittedTransform:
     """Choose grids and codes of rotated weights `(N_i, K)`: to nearest, or with error feedback on full statistics."""
     with product_precision("exact"):
-        return _round_rotated(rotated, transform, statistics, held_out, bits, config, losses)
+        return _round_rotated(rotated, transform, statistics, held_out, bits, config, losses, outputs)
 
 
 def _round_rotated(
@@ -173,6 +180,7 @@ def _round_rotated(
     bits: Sequence[int],
     config: CalibrationConfig,
     losses: tuple[float, float],
+    outputs: Sequence[Tensor],
 ) -> FittedTransform:
     parts = (transform.pairs, transform.theta, transform.channel_scales)
     if statistics is None or not statistics.full or config.rounding == "nearest":
@@ -191,7 +199,8 @@ def _round_rotated(
         held = transform.gram(held_out)
         rest = (gram - share * held) / (1 - share)
         damping = choose_damping(weight, scales, zeros, rest, held, bits=widths, config=config)
-    rounded = round_with_feedback(
+    feedback = partial(round_with_output_feedback, outputs=outputs) if outputs else round_with_feedback
+    rounded = feedback(
         weight,
         damped(gram, damping),
         scales,

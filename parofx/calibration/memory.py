@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from parofx.calibration.output_moments import WIDEST
+from parofx.calibration.sensitivity import SCORE_CHUNK
 from parofx.calibration.statistics import OUTPUT_CHUNK
 from parofx.calibration.traffic import SegmentTraffic
 from parofx.config import ParoConfig
@@ -57,6 +59,8 @@ def memory_terms(
     packed_bytes: int,
     itemsize: int,
     distilled: Sequence[SegmentTraffic] = (),
+    probed: Sequence[SegmentTraffic] = (),
+    joined: Sequence[TransformShape] = (),
 ) -> dict[str, int]:
     """Return the largest number of bytes that each part of a run holds at a time.
 
@@ -68,6 +72,8 @@ def memory_terms(
         packed_bytes: of the quantized linears.
         itemsize: bytes of one float weight.
         distilled: what flows through the graph while the whole model is trained; none without that.
+        probed: what one sequence makes flow while gradients are taken; none without that.
+        joined: the transforms whose linears' outputs have moments then.
     """
     calibration = config.calibration
     by_name = {shape.name: shape for shape in shapes}
@@ -101,6 +107,14 @@ def memory_terms(
             + 2 * max(one.saved for one in distilled)
             + math.ceil(3 * share * sum(one.outputs for one in distilled))
         )
+    if probed:
+        # Borders and logits, these with their gradients; one block's forward and backward; parts of logits in fp32.
+        terms["gradients"] = (
+            3 * sum(one.outputs for one in probed)
+            + 2 * max(one.saved for one in probed)
+            + 2 * 4 * min(SCORE_CHUNK, max(one.outputs for one in probed))
+        )
+        terms["output moments"] = 4 * sum(one.out_features * min(one.out_features, WIDEST) for one in joined)
     return terms
 
 

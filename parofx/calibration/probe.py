@@ -31,6 +31,8 @@ _OUT_FEATURES = 512
 _TRAINING_FORWARDS = 3
 #: Blocks run twice, and the float model once besides; weights are computed anew each time.
 _DISTILLED_FORWARDS = 6
+#: Forward twice, and backward to inputs alone.
+_PROBED_FORWARDS = 3
 
 
 def estimate_seconds(
@@ -42,6 +44,7 @@ def estimate_seconds(
     dtype: torch.dtype,
     device: torch.device,
     distilled: Sequence[SegmentTraffic] = (),
+    probed: Sequence[SegmentTraffic] = (),
     processes: int = 1,
 ) -> float:
     """Return the seconds of fits, forwards and statistics; what processes tell each other is not counted.
@@ -54,6 +57,7 @@ def estimate_seconds(
         dtype: of the model.
         device: where the run will be.
         distilled: what flows through the graph while the whole model is trained; none without that.
+        probed: what one sequence makes flow while gradients are taken; none without that.
         processes: how many share the fits; what flows is the share of one.
     """
     if not shapes:
@@ -85,7 +89,9 @@ def estimate_seconds(
     passes = 1 + config.trains_blocks
     epochs = config.transform_epochs + config.weight_epochs + config.tune_epochs
     seconds += per_flop * sum(one.flops for one in segments) * (passes + _TRAINING_FORWARDS * epochs)
-    return seconds + per_flop * sum(one.flops for one in distilled) * _DISTILLED_FORWARDS * config.distill_epochs
+    seconds += per_flop * sum(one.flops for one in distilled) * _DISTILLED_FORWARDS * config.distill_epochs
+    gradient_samples = -(-config.gradient_samples // processes)
+    return seconds + per_flop * sum(one.flops for one in probed) * _PROBED_FORWARDS * gradient_samples
 
 
 def _fit(shape: TransformShape, config: CalibrationConfig, with_data: bool, bits: int, device: torch.device) -> float:

@@ -46,6 +46,10 @@ class BlockProgress:
         if block != self._block:
             self._block, self._ratios = block, []
 
+    def measuring(self, sequences: int) -> None:
+        """Say that gradients are taken."""
+        self._bar.update(self._task, status=f"the whole model: gradients of {sequences} sequences")
+
     def forwarded(self, done: int, total: int) -> None:
         """Say that the block ran on `done` of `total` batches."""
         self._bar.update(self._task, status=f"{self._block or 'graph'}: statistics {done}/{total}")

@@ -37,10 +37,12 @@ from parofx.passes.guards import why_not_served
 
 _ASSERT_METADATA = torch.ops.aten._assert_tensor_metadata.default
 #: Elements of logits that are in fp32 at a time.
-_CHUNK_ELEMENTS = 1 << 24
+SCORE_CHUNK = 1 << 24
 
 #: Called with a linear's node, its input, and the gradient at its output.
 _Record = Callable[[Node, Tensor, Tensor], None]
+#: The same, and the masks of its batch by name.
+MaskedRecord = Callable[[Node, Tensor, Tensor, Mapping[str, Tensor]], None]
 
 
 class Sensitivity:
@@ -103,25 +105,49 @@ def measure_sensitivities(
         group_sizes: by transform, the channels between which M is kept.
         seed: of the tokens and the noise that are drawn.
     """
-    stream = BlockStream(gm, batches)
     found = Sensitivities()
-    for index, border in enumerate(stream.borders):
-        generator = torch.Generator().manual_seed(seed + index)
-        masks = stream.masks[index]
 
-        def record(node: Node, value: Tensor, gradient: Tensor, masks: Mapping[str, Tensor] = masks) -> None:
-            source, weight = node.args[:2]
-            assert isinstance(source, Node)
-            assert isinstance(weight, Node)
-            rows, gradients = select_rows(source, value, masks), select_rows(node, gradient, masks)
-            name, transform = weight.meta["parofx_linear"], source.meta["parofx_transform"]
-            if name not in found.linears:
-                found.linears[name] = Sensitivity(gradients.shape[1], rows.shape[1], group_sizes[transform])
-            found.linears[name].update(rows, gradients, where=f"the input of {name}, weighted by its gradient")
-            found.inputs.setdefault(transform, InputStatistics(rows.shape[1], 1)).update(rows)
+    def record(node: Node, value: Tensor, gradient: Tensor, masks: Mapping[str, Tensor]) -> None:
+        source, weight = node.args[:2]
+        assert isinstance(source, Node)
+        assert isinstance(weight, Node)
+        rows, gradients = select_rows(source, value, masks), select_rows(node, gradient, masks)
+        name, transform = weight.meta["parofx_linear"], source.meta["parofx_transform"]
+        if name not in found.linears:
+            found.linears[name] = Sensitivity(gradients.shape[1], rows.shape[1], group_sizes[transform])
+        found.linears[name].update(rows, gradients, where=f"the input of {name}, weighted by its gradient")
+        found.inputs.setdefault(transform, InputStatistics(rows.shape[1], 1)).update(rows)
+
+    backward_of_likelihood(gm, batches, vocabularies, record, seeds=range(seed, seed + len(batches)))
+    return found
+
+
+def backward_of_likelihood(
+    gm: GraphModule,
+    batches: Sequence[Mapping[str, Any]],
+    vocabularies: frozenset[int],
+    record: MaskedRecord,
+    *,
+    seeds: Sequence[int],
+) -> None:
+    """Run the float model forward and, from the log-likelihood of what it predicts, backward on every batch.
+
+    Args:
+        gm: a PREPARED graph; its transforms are taken as identities.
+        batches: the model's inputs as mappings.
+        vocabularies: sizes of a last dimension that make an output a distribution over tokens.
+        record: called with each quantized linear's node, its input, the gradient at its output, and the batch's masks.
+        seeds: of the tokens and the noise that are drawn for each batch.
+    """
+    stream = BlockStream(gm, batches)
+    for border, masks, seed in zip(stream.borders, stream.masks, seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+
+        def recorded(node: Node, value: Tensor, gradient: Tensor, masks: Mapping[str, Tensor] = masks) -> None:
+            record(node, value, gradient, masks)
 
         with torch.enable_grad():
-            outputs = _Checkpointed(stream.split, record).run(*border.values())
+            outputs = _Checkpointed(stream.split, recorded).run(*border.values())
             leaves = zip(output_nodes(gm), pytree.tree_leaves(outputs), strict=True)
             trained = [(node, leaf) for node, leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
             logits = [(node, leaf) for node, leaf in trained if leaf.shape[-1] in vocabularies]
@@ -130,7 +156,6 @@ def measure_sensitivities(
             if chosen:
                 scores = [unmasked(node, score(leaf.detach(), generator), masks) for node, leaf in chosen]
                 torch.autograd.backward([leaf for _, leaf in chosen], scores)
-    return found
 
 
 def first_sequences(
@@ -174,7 +199,7 @@ def _token_score(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Return the gradient of `log p(token)` at the logits, for one token drawn from each row's distribution."""
     score = torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows, scores = logits.reshape(-1, logits.shape[-1]), score.view(-1, logits.shape[-1])
-    step = max(1, _CHUNK_ELEMENTS // rows.shape[1])
+    step = max(1, SCORE_CHUNK // rows.shape[1])
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         cumulative = rows[part].float().softmax(-1)

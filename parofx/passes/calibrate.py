@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from parofx.calibration.compensation import fit_corrections
@@ -82,12 +83,13 @@ class Calibrate:
         transform: Transform,
         statistics: InputStatistics | None,
         held_out: InputStatistics | None = None,
+        outputs: Sequence[Tensor] = (),
     ) -> FittedTransform:
         """Fit one transform on given statistics."""
         weights = [linear.weight for linear in transform.linears]
         bits, config = [linear.bits for linear in transform.linears], self.config.calibration
         sizes = {"group_size": transform.group_size, "krot": transform.krot(gm)}
-        fitted = fit(weights, statistics, held_out, bits=bits, **sizes, config=config)
+        fitted = fit(weights, statistics, held_out, bits=bits, **sizes, config=config, outputs=outputs)
         if not config.compensation_rank:
             return fitted
         return fit_corrections(fitted, weights, statistics, held_out, bits=bits, config=config)

@@ -81,9 +81,9 @@ def test_feedback_is_the_recursion_of_the_docstring():
     scales, zeros = (one.double() for one in affine.choose_qparams(weight, 8, GROUP))
     start = RoundedWeight(affine.quantize(weight, scales, zeros, 8, GROUP), scales, zeros)
     problem = feedback._Problem(weight, gram, start, 8, GROUP)
-    order = gram.diagonal().argsort()
-    factor = feedback._unit_factor(gram, order)
-    problem.feed_back(factor, order)
+    columns = feedback.ColumnFactor.of(gram)
+    order, factor = columns.order, columns.lower
+    problem.feed_back(columns)
     error = (problem.target - problem.steps * problem.scales.repeat_interleave(GROUP, 0))[order]
     own = factor.t() @ error
     step = problem.scales.repeat_interleave(GROUP, 0)[order]

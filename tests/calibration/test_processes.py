@@ -71,6 +71,12 @@ CASES = {
         ParoConfig(group_size=32, calibration=CalibrationConfig(steps=3, samples=5, batch_size=1, rounding="nearest")),
         data,
     ),
+    # Of three sequences one process has two.
+    "outputs": (
+        partial(tiny.model, vocab_size=512),
+        ParoConfig(group_size=32, krot=2, calibration=replace(FAST, gradient_samples=3)),
+        padded,
+    ),
     "budget": (tiny.model, ParoConfig(group_size=32, krot=2, calibration=replace(FAST, bits_budget=6.0)), data),
     "trained": (
         partial(tiny.model, vocab_size=512), ParoConfig(bits=3, group_size=32, krot=2, calibration=TRAINED), padded

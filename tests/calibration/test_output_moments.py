@@ -1,0 +1,189 @@
+"""Moments of gradients at linears' outputs: what is summed, over which rows, and what calibration makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+
+import parofx
+from parofx import CalibrationConfig, ParoConfig
+from parofx.calibration import data_run, output_moments
+from parofx.calibration.output_moments import OutputMoments, measure_output_moments
+from parofx.calibration.sensitivity import backward_of_likelihood
+from parofx.errors import ConfigError
+from parofx.passes.linears import find_embeddings
+from parofx.passes.transforms import find_transforms
+
+TOKENS = torch.randint(0, tiny.VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))
+#: As many as rounding needs to be well determined, of a model whose logits are not flat.
+CONFIG = CalibrationConfig(steps=3, samples=8, seqlen=16, batch_size=2, validation_samples=2, clip_ratios=(1.0,))
+
+
+def model():
+    made = tiny.model()
+    with torch.no_grad():
+        made.lm_head.weight.mul_(20)
+    return made
+
+
+def prepared(data):
+    gm = parofx.prepare(parofx.capture(model(), **data), ParoConfig(group_size=32))
+    return gm, {linear.name: linear.weight for one in find_transforms(gm) for linear in one.linears}
+
+
+def test_each_position_counts_alike():
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(9, 5, generator=generator) * torch.logspace(-20, 15, 9)[:, None]
+    moments = OutputMoments(5)
+    moments.update(gradients[:4])
+    moments.update(gradients[4:].double())
+    units = gradients.double() / gradients.double().norm(dim=1, keepdim=True)
+    torch.testing.assert_close(moments.parts[0].double(), units.t() @ units, rtol=1e-5, atol=1e-5)
+
+
+def test_what_vanishes_or_overflows_says_nothing():
+    moments = OutputMoments(3)
+    moments.update(torch.tensor([[0.0, 0.0, 0.0], [torch.inf, 1.0, 0.0], [torch.nan, 1.0, 0.0], [0.0, 2.0, 0.0]]))
+    assert moments.parts[0].tolist() == [[0.0] * 3, [0.0, 1.0, 0.0], [0.0] * 3]
+
+
+def test_many_outputs_are_kept_in_parts(monkeypatch):
+    monkeypatch.setattr(output_moments, "WIDEST", 4)
+    gradients = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    moments = OutputMoments(10)
+    moments.update(gradients)
+    whole = gradients / gradients.norm(dim=1, keepdim=True)
+    assert [len(part) for part in moments.parts] == [4, 3, 3]
+    for part, columns in zip(moments.parts, whole.split([4, 3, 3], 1), strict=True):
+        torch.testing.assert_close(part, columns.t() @ columns)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_first_sequences_are_measured_without_their_padding(masked):
+    mask = (torch.arange(12) < torch.tensor([12, 5, 9, 12])[:, None]).long()
+    data = {"input_ids": TOKENS, "use_cache": False} | ({"attention_mask": mask} if masked else {})
+    gm, weights = prepared(data)
+    found = measure_output_moments(gm, weights, [data], samples=3, seed=7)
+    assert found.keys() == weights.keys()
+    rows = int(mask[:3].sum()) if masked else 36
+    for name, moments in found.items():
+        (part,) = moments.parts
+        # Every row has length 1. The first key and value of a sequence may have no gradient at a flat softmax.
+        assert rows - 3 <= part.trace() <= rows + 1e-3, name
+        torch.testing.assert_close(part, part.t())
+    again = measure_output_moments(gm, weights, [data], samples=3, seed=7)
+    assert all(torch.equal(found[name].parts[0], again[name].parts[0]) for name in found)
+    other = measure_output_moments(gm, weights, [data], samples=3, seed=8)
+    assert any(not torch.equal(found[name].parts[0], other[name].parts[0]) for name in found)
+
+
+def test_gradients_are_those_of_drawn_tokens():
+    """The Gram matrix of a likelihood's gradients at the last linear, in closed form from the probabilities."""
+    data = {"input_ids": TOKENS, "use_cache": False}
+    gm, _ = prepared(data)
+    vocabularies = frozenset(len(table) for table in find_embeddings(gm))
+    sums: dict[str, torch.Tensor] = {}
+
+    def record(node, _, gradient, masks):
+        name = node.args[1].meta["parofx_linear"]
+        rows = gradient.flatten(0, -2).double()
+        sums[name] = sums.get(name, 0) + rows.t() @ rows
+
+    backward_of_likelihood(gm, [data] * 200, vocabularies, record, seeds=range(200))
+    made = model()
+    caught: list[torch.Tensor] = []
+    made.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, out: caught.append(out))
+    made.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    logits = made(**data).logits
+    probabilities = logits.detach().double().softmax(-1)
+    expected = torch.zeros(64, 64, dtype=torch.float64)
+    scores = []
+    for token in range(tiny.VOCAB):
+        likelihood = logits.log_softmax(-1)[..., token].sum()
+        (gradient,) = torch.autograd.grad(likelihood, caught[0], retain_graph=True)
+        scores.append(gradient.double() * probabilities[..., token, None].sqrt())
+    for score in scores:
+        expected += score.flatten(0, -2).t() @ score.flatten(0, -2)
+    found = sums["model.layers.1.mlp.down_proj"] / 200
+    assert (found - expected).norm() < 0.15 * expected.norm()
+
+
+def report(**options):
+    config = ParoConfig(group_size=32, krot=2, calibration=CalibrationConfig(**(CONFIG.to_dict() | options)))
+    quantized = tiny.model(hidden_size=128, intermediate_size=256)
+    made = parofx.quantize(quantized, config, calibration=TOKENS.repeat(2, 2)[:, :16], progress=False)
+    return quantized, made
+
+
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [
+        ({"gradient_samples": 3}, True),
+        ({"gradient_samples": 3, "distill_epochs": 1}, True),
+        ({}, False),
+        ({"gradient_samples": 3, "rounding": "nearest", "objective": "range"}, False),
+        ({"gradient_samples": 3, "compensation_rank": 2}, False),
+        ({"gradient_samples": 3, "tune_epochs": 1}, False),
+    ],
+)
+def test_when_gradients_are_taken(options, measured, monkeypatch):
+    asked: list[int] = []
+
+    def watched(*arguments, samples, seed):
+        asked.append(samples)
+        return measure_output_moments(*arguments, samples=samples, seed=seed)
+
+    monkeypatch.setattr(data_run, "measure_output_moments", watched)
+    report(**options)
+    assert asked == ([3] if measured else [])
+
+
+def test_codes_follow_the_gradients_and_repeat():
+    (joined, made), (again, _), (alone, plain) = (report(gradient_samples=count) for count in (4, 4, 0))
+    changed = 0
+    for name, module in joined.named_modules():
+        if isinstance(module, parofx.ParoLinear):
+            one, two, three = (where.get_submodule(name).qweight for where in (joined, again, alone))
+            assert torch.equal(one, two)
+            changed += not torch.equal(one, three)
+    assert changed > 0
+    for one, other in zip(made.linears, plain.linears, strict=True):
+        # By the outputs alone it looks worse, and not by much.
+        assert one.relative_error < 3 * other.relative_error
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, None, "8"])
+def test_a_count_that_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match="gradient_samples must be an integer of at least 0"):
+        CalibrationConfig(gradient_samples=value)
+
+
+def test_heads_are_left_out_and_what_gets_no_gradient_is_told(caplog):
+    data = {"input_ids": TOKENS, "use_cache": False}
+    gm, weights = prepared(data)
+    weights["head"] = torch.zeros(tiny.VOCAB, 64)
+    weights["unused"] = torch.zeros(8, 64)
+    with caplog.at_level("WARNING", "parofx"):
+        found = measure_output_moments(gm, weights, [data], samples=1, seed=0)
+    assert "head" not in found
+    assert [one.args for one in caplog.records if one.name == "parofx"] == [("unused",)]
+
+
+def test_a_quantized_head_is_rounded_as_without():
+    heads = []
+    for count in (0, 4):
+        quantized = tiny.model(hidden_size=128, intermediate_size=256, vocab_size=24)
+        calibration = dataclasses.replace(CONFIG, gradient_samples=count)
+        config = ParoConfig(group_size=32, krot=2, lm_head=4, calibration=calibration)
+        parofx.quantize(quantized, config, calibration=TOKENS.repeat(2, 2)[:, :16], progress=False)
+        heads.append(quantized.lm_head.qweight)
+    assert torch.equal(*heads)
+
+
+def test_a_run_that_only_resumes_takes_no_gradients(tmp_path, monkeypatch):
+    report(gradient_samples=3, work_dir=str(tmp_path / "work"))
+    monkeypatch.setattr(data_run, "measure_output_moments", None)
+    report(gradient_samples=3, work_dir=str(tmp_path / "work"))
