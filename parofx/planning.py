@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from parofx.calibration.data import SELF_SOURCE
+from parofx.calibration.data_run import joined_linears
 from parofx.calibration.distillation import few_at_a_time, steps_of
 from parofx.calibration.format_losses import TransformFormat, stored_bytes
 from parofx.calibration.memory import TransformShape, disk_bytes, memory_terms
+from parofx.calibration.precision import multiplies_16_bit
 from parofx.calibration.probe import estimate_seconds
 from parofx.calibration.processes import process_count
 from parofx.calibration.sensitivity import first_sequences
@@ -168,8 +170,8 @@ def plan_quantization(
         distill_steps = config.calibration.distill_epochs * len(steps_of(parts, config.calibration))
     probed: tuple[SegmentTraffic, ...] = ()
     if with_data and config.calibration.joins_outputs and transforms:
-        probed = measure_segments(gm, first_sequences(gm, batches or (), 1), whole=True)
-    vocabularies = {len(table) for table in find_embeddings(gm)}
+        sequences = first_sequences(gm, batches or (), config.calibration.gradient_samples)
+        probed = measure_segments(gm, [max(sequences, key=_tokens)], whole=True)
     shapes = [_shape(gm, transform) for transform in transforms]
     packed_bytes = uniform_bytes = sum(linear.packed_bytes for linear in linears)
     if budget_bytes is not None:
@@ -196,7 +198,8 @@ def plan_quantization(
             itemsize=parameter.element_size(),
             distilled=distilled,
             probed=probed,
-            joined=[shape for shape in shapes if shape.out_features not in vocabularies],
+            joined=[shape for shape, one in zip(shapes, transforms, strict=True) if joined_linears(one)],
+            widened=_widened_bytes(gm, shapes, parameter.dtype, device),
         ),
         disk_bytes=disk_bytes(config, shapes, segments, process_count()),
         checkpoint_bytes=_checkpoint_bytes(skeleton, linears) + packed_bytes - uniform_bytes,
@@ -245,6 +248,16 @@ def _shape(gm: GraphModule, transform: Transform) -> TransformShape:
     rows = sum(linear.weight.shape[0] for linear in transform.linears)
     sizes = (transform.linears[0].weight.shape[1], rows, transform.group_size, transform.krot(gm))
     return TransformShape(transform.name, transform.block, *sizes)
+
+
+def _widened_bytes(gm: GraphModule, shapes: Sequence[TransformShape], dtype: torch.dtype, device: torch.device) -> int:
+    """Return the bytes of a block's weights, or of a head's, in fp32 where a CPU would emulate 16-bit products."""
+    if dtype not in (torch.bfloat16, torch.float16) or multiplies_16_bit(device.type, dtype):
+        return 0
+    blocks = Counter[str]()
+    for shape in shapes:
+        blocks[shape.block] += shape.weights
+    return 4 * max([*blocks.values(), *(table.numel() for table in find_embeddings(gm))], default=0)
 
 
 def _checkpoint_bytes(model: nn.Module, linears: Sequence[PlannedLinear]) -> int:

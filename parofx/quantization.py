@@ -135,6 +135,12 @@ def captured(
         )
     _check_patterns(model, config)
     _warn_of_an_unused_objective(config.calibration)
+    if config.calibration.gradient_samples and not (calibration is not None and config.calibration.joins_outputs):
+        logger.warning(
+            "gradient_samples=%d is not used: rows take over errors of other rows where weights are rounded with error "
+            "feedback on calibration data, blocks are not trained, and compensation_rank is 0",
+            config.calibration.gradient_samples,
+        )
     if calibration is None:
         _warn_of_training_without_data(config.calibration)
     batches = None if calibration is None else _batches(model, config, calibration, tokenizer)

@@ -160,7 +160,8 @@ class BlockTrainer:
     def _loss(self, weights: Mapping[str, Tensor], piece: int) -> Tensor:
         """Return the loss on a piece: its share of its batch's loss."""
         device = next(iter(weights.values())).device.type
-        with autocast_while_training(device, enabled=self._config.autocast):
+        dtype = next((one.dtype for one in self._data.targets[piece]), torch.float32)
+        with autocast_while_training(device, dtype, enabled=self._config.autocast):
             output = Student(self._module, weights).run(*self._data.arguments[piece])
         outputs = counting_outputs(self._module, output, self._data.masks[piece])
         wholes: Sequence[Whole | None] = [None] * len(outputs)

@@ -35,7 +35,7 @@ from parofx.calibration.store import fingerprint, pack_fit, unpack_fits
 from parofx.calibration.stream import BlockStream, Border, first_held_out
 from parofx.config import ParoConfig
 from parofx.errors import DataError
-from parofx.passes.transforms import Transform
+from parofx.passes.transforms import Transform, TransformedLinear
 from parofx.report import BlockReport, StageReport
 
 logger = logging.getLogger("parofx")
@@ -112,7 +112,8 @@ class DataRun:
         # Nothing behind the last transform is needed, above all no logits.
         end = 1 + max(map(stream.segments.index, due.values()), default=-1)
         if self._config.calibration.joins_outputs and finished < end:
-            self._measure_outputs()
+            late = stream.segments[finished:end]
+            self._measure_outputs([name for name, segment in due.items() if segment in late])
         found: dict[str, FittedTransform] = {}
         for index, segment in enumerate(stream.segments[:end]):
             names = [name for name, last in due.items() if last == segment]
@@ -138,13 +139,14 @@ class DataRun:
         if self._config.calibration.distill_epochs and found:
             self._distill(found)
 
-    def _measure_outputs(self) -> None:
-        """Measure how errors in the outputs of each linear join."""
+    def _measure_outputs(self, names: Sequence[str]) -> None:
+        """Measure how errors in the outputs of each linear of some transforms join."""
         calibration = self._config.calibration
         self._progress.measuring(calibration.gradient_samples)
+        weights = {one.name: one.weight for name in names for one in joined_linears(self._transforms[name])}
         with self._fast_products():
             self._outputs = measure_output_moments(
-                self._gm, self._weights, self._batches, samples=calibration.gradient_samples, seed=calibration.seed
+                self._gm, weights, self._batches, samples=calibration.gradient_samples, seed=calibration.seed
             )
 
     def _fast_products(self) -> contextlib.AbstractContextManager[None]:
@@ -179,6 +181,8 @@ class DataRun:
         for name in names:
             self._norms.pop(name, None)
         fits = fit_together(names, statistics, lambda name: self._fit(name, *statistics[name]))
+        for linear in (one.name for name in names for one in self._transforms[name].linears):
+            self._outputs.pop(linear, None)
         stages: list[StageReport] = []
         if students:
             arguments = [stream.arguments(segment, border) for border in students]
@@ -226,8 +230,8 @@ class DataRun:
     def _fit(self, name: str, statistics: InputStatistics, held_out: InputStatistics) -> FittedTransform:
         transform = self._transforms[name]
         if statistics.count:
-            measured = all(one.name in self._outputs for one in transform.linears)
-            outputs = [part for one in transform.linears for part in self._outputs[one.name].parts] if measured else []
+            linears = joined_linears(transform) if self._outputs else []
+            outputs = [part for one in linears for part in self._outputs[one.name].parts]
             return self._fit_transform(transform, statistics, held_out, outputs)
         logger.warning("no calibration row reaches %s; it is fitted on its weights alone", name)
         return self._fit_transform(transform, None, None, ())
@@ -245,6 +249,14 @@ class DataRun:
         options["processes"] = process_count()
         digest = fingerprint(options, tensors, self._batches)
         return SharedStore(calibration.work_dir, digest, resume=calibration.resume)
+
+
+def joined_linears(transform: Transform) -> Sequence[TransformedLinear]:
+    """Return those of a transform's linears whose rows take over each other's errors: all, or of an output head none.
+
+    The outputs of a head are the distribution itself.
+    """
+    return () if any(one.bits_given for one in transform.linears) else transform.linears
 
 
 def _digest(gm: GraphModule, config: ParoConfig, batches: Sequence[Mapping[str, Any]]) -> str:

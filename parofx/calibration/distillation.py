@@ -105,7 +105,8 @@ class Distiller:
         self._steps = steps_of(parts, config)
         first = self._steps[-1].stop
         self._validation = range(first, len(parts)) or range(first)
-        self._device = next(iter(weights.values())).device.type
+        weight = next(iter(weights.values()))
+        self._device, self._dtype = weight.device.type, weight.dtype
         #: By part, for each output that is compared; None where no other process has rows of a part.
         self._wholes: dict[int, list[Whole]] | None = None
 
@@ -224,7 +225,7 @@ class Distiller:
         """
         fast = self._config.autocast
         precision = product_precision("fast") if fast else contextlib.nullcontext()
-        with precision, autocast_while_training(self._device, enabled=fast):
+        with precision, autocast_while_training(self._device, self._dtype, enabled=fast):
             leaves = pytree.tree_leaves(_Segments(self._stream.split, weights).run(*border.values()))
         floating = [
             (node, leaf)

@@ -61,6 +61,7 @@ def memory_terms(
     distilled: Sequence[SegmentTraffic] = (),
     probed: Sequence[SegmentTraffic] = (),
     joined: Sequence[TransformShape] = (),
+    widened: int = 0,
 ) -> dict[str, int]:
     """Return the largest number of bytes that each part of a run holds at a time.
 
@@ -74,6 +75,7 @@ def memory_terms(
         distilled: what flows through the graph while the whole model is trained; none without that.
         probed: what one sequence makes flow while gradients are taken; none without that.
         joined: the transforms whose linears' outputs have moments then.
+        widened: bytes of weights in fp32 at a time where 16-bit products are made of them.
     """
     calibration = config.calibration
     by_name = {shape.name: shape for shape in shapes}
@@ -91,6 +93,8 @@ def memory_terms(
             8 * one.weights // one.group_size + _rounded_weights(one, itemsize, feedback or trains) for one in shapes
         ),
     }
+    if widened and segments:
+        terms["weights in fp32"] = widened
     if trains:
         blocks = [[by_name[name] for name in one.transforms] for one in segments]
         terms["training"] = max(

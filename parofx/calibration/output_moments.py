@@ -59,19 +59,15 @@ def measure_output_moments(
 
     Args:
         gm: a PREPARED graph; its transforms are taken as identities.
-        weights: of its linears by name, `(N, K)`. An output head is left out: its outputs are the distribution itself.
+        weights: of the linears that are measured, by name, `(N, K)`.
         batches: the model's inputs as mappings, the same in every process.
         samples: how many sequences.
         seed: of the tokens that are drawn.
     """
     vocabularies = frozenset(len(table) for table in find_embeddings(gm))
-    found = {
-        name: OutputMoments(len(weight), weight.device)
-        for name, weight in weights.items()
-        if len(weight) not in vocabularies
-    }
+    found = {name: OutputMoments(len(weight), weight.device) for name, weight in weights.items()}
 
-    def record(node: Node, _: Tensor, gradient: Tensor, masks: Mapping[str, Tensor]) -> None:
+    def record(node: Node, _: Tensor | None, gradient: Tensor, masks: Mapping[str, Tensor]) -> None:
         weight = node.args[1]
         assert isinstance(weight, Node)
         name = weight.meta["parofx_linear"]
@@ -87,6 +83,7 @@ def measure_output_moments(
             vocabularies,
             record,
             seeds=[seed + place for place, _ in own],
+            inputs=False,
         )
     sum_tensors([part for one in found.values() for part in one.parts])
     for name, moments in found.items():

@@ -47,15 +47,21 @@ def multiplies_16_bit(device: str, dtype: torch.dtype = torch.bfloat16) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x Wᵀ + b` in the dtype of `x (…, K)`, from fp32 factors where 16-bit products would be emulated.
 
-    On such a CPU that is six times as fast. Sums are fp32 either way.
+    On such a CPU that is six times as fast. Sums are fp32 either way. What autocast is on for is left to it.
     """
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
-    if not narrow or weight.dtype != x.dtype or multiplies_16_bit(x.device.type, x.dtype):
+    device, narrow = x.device.type, x.dtype in (torch.bfloat16, torch.float16)
+    left_alone = weight.dtype != x.dtype or torch.is_autocast_enabled(device)
+    if not narrow or left_alone or multiplies_16_bit(device, x.dtype):
         return torch.nn.functional.linear(x, weight, bias)
-    wide = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    with product_precision("exact"):
+        wide = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     return wide.to(x.dtype)
 
 
-def autocast_while_training(device: str, *, enabled: bool) -> torch.autocast:
-    """Return a context of bf16 products on a type of device, if it is fast at them, else of those that tensors ask."""
-    return torch.autocast(device, torch.bfloat16, enabled=enabled and multiplies_16_bit(device))
+def autocast_while_training(device: str, dtype: torch.dtype, *, enabled: bool) -> torch.autocast:
+    """Return a context of bf16 products for a model of a dtype, if a type of device is fast at them.
+
+    A model in fp16 has them in any case: its gradients would vanish in fp16.
+    """
+    worthwhile = multiplies_16_bit(device) or dtype == torch.float16
+    return torch.autocast(device, torch.bfloat16, enabled=enabled and worthwhile)

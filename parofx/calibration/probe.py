@@ -119,10 +119,13 @@ def _fit(shape: TransformShape, config: CalibrationConfig, with_data: bool, bits
     found = fitted(0)
     transform = Rotated(found.pairs, found.theta, found.channel_scales, shape.group_size)
     rotated = [transform.weight(weight[:rows])]
+    outputs = [torch.eye(rows, device=device)] if with_data and config.joins_outputs else []
 
     def rounding() -> object:
         given = statistics if with_data else None
-        return round_rotated(rotated, transform, given, None, bits=[bits], config=config, losses=(0.0, 0.0))
+        return round_rotated(
+            rotated, transform, given, None, bits=[bits], config=config, losses=(0.0, 0.0), outputs=outputs
+        )
 
     in_steps = _timed(lambda: fitted(steps), device) - _timed(lambda: fitted(0), device)
     per_step = max(0.0, in_steps) / max(steps, 1)

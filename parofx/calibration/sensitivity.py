@@ -12,7 +12,8 @@ activations are often where its output minds least.
 An output that is no distribution over a vocabulary counts as one with normal noise of its own power.
 
 The moments of all linears come from one backward through the float model. It is checkpointed at block borders: what
-lies in memory is the values that cross them, one block's activations, and the logits of one batch.
+lies in memory is the values that cross them, one block's activations, the logits of one batch, and, where they are
+asked for, the inputs of all linears.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ _ASSERT_METADATA = torch.ops.aten._assert_tensor_metadata.default
 #: Elements of logits that are in fp32 at a time.
 SCORE_CHUNK = 1 << 24
 
-#: Called with a linear's node, its input, and the gradient at its output.
-_Record = Callable[[Node, Tensor, Tensor], None]
+#: Called with a linear's node, its input if that is kept, and the gradient at its output.
+_Record = Callable[[Node, Tensor | None, Tensor], None]
 #: The same, and the masks of its batch by name.
-MaskedRecord = Callable[[Node, Tensor, Tensor, Mapping[str, Tensor]], None]
+MaskedRecord = Callable[[Node, Tensor | None, Tensor, Mapping[str, Tensor]], None]
 
 
 class Sensitivity:
@@ -107,8 +108,9 @@ def measure_sensitivities(
     """
     found = Sensitivities()
 
-    def record(node: Node, value: Tensor, gradient: Tensor, masks: Mapping[str, Tensor]) -> None:
+    def record(node: Node, value: Tensor | None, gradient: Tensor, masks: Mapping[str, Tensor]) -> None:
         source, weight = node.args[:2]
+        assert value is not None
         assert isinstance(source, Node)
         assert isinstance(weight, Node)
         rows, gradients = select_rows(source, value, masks), select_rows(node, gradient, masks)
@@ -129,6 +131,7 @@ def backward_of_likelihood(
     record: MaskedRecord,
     *,
     seeds: Sequence[int],
+    inputs: bool = True,
 ) -> None:
     """Run the float model forward and, from the log-likelihood of what it predicts, backward on every batch.
 
@@ -138,16 +141,17 @@ def backward_of_likelihood(
         vocabularies: sizes of a last dimension that make an output a distribution over tokens.
         record: called with each quantized linear's node, its input, the gradient at its output, and the batch's masks.
         seeds: of the tokens and the noise that are drawn for each batch.
+        inputs: whether to keep every linear's input for its gradient, from the forward on; None is recorded if not.
     """
     stream = BlockStream(gm, batches)
     for border, masks, seed in zip(stream.borders, stream.masks, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
 
-        def recorded(node: Node, value: Tensor, gradient: Tensor, masks: Mapping[str, Tensor] = masks) -> None:
+        def recorded(node: Node, value: Tensor | None, gradient: Tensor, masks: Mapping[str, Tensor] = masks) -> None:
             record(node, value, gradient, masks)
 
         with torch.enable_grad():
-            outputs = _Checkpointed(stream.split, recorded).run(*border.values())
+            outputs = _Checkpointed(stream.split, recorded, inputs).run(*border.values())
             leaves = zip(output_nodes(gm), pytree.tree_leaves(outputs), strict=True)
             trained = [(node, leaf) for node, leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
             logits = [(node, leaf) for node, leaf in trained if leaf.shape[-1] in vocabularies]
@@ -202,12 +206,12 @@ def _token_score(logits: Tensor, generator: torch.Generator) -> Tensor:
     step = max(1, SCORE_CHUNK // rows.shape[1])
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
-        cumulative = rows[part].float().softmax(-1)
-        scores[part] = -cumulative
-        cumulative.cumsum_(-1)
+        probabilities = rows[part].float().softmax(-1)
+        cumulative = probabilities.cumsum(-1)
         drawn = torch.rand(len(cumulative), 1, generator=generator).to(logits.device) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, drawn).clamp(max=rows.shape[1] - 1)
-        scores[part].scatter_add_(1, token, torch.ones_like(token, dtype=score.dtype))
+        # Where a token is all but certain, what is left of 1 − p is far below a 16-bit number's last digit.
+        scores[part] = probabilities.neg_().scatter_add_(1, token, torch.ones_like(token, dtype=torch.float32))
     return score
 
 
@@ -221,23 +225,25 @@ def _normal_score(output: Tensor, generator: torch.Generator) -> Tensor:
 class _Checkpointed(Interpreter):
     """Runs a graph of segments; each is run again when the backward comes to it."""
 
-    def __init__(self, split: GraphModule, record: _Record) -> None:
+    def __init__(self, split: GraphModule, record: _Record, inputs: bool) -> None:
         super().__init__(split)
         self.extra_traceback = False
         self._record = record
+        self._inputs = inputs
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a segment."""
-        segment = _Probed(self.fetch_attr(target), self._record)
+        segment = _Probed(self.fetch_attr(target), self._record, self._inputs)
         return checkpoint(segment.run, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
 
 
 class _Probed(SegmentInterpreter):
     """Runs a segment with transforms as identities; reports the input and the output's gradient of its linears."""
 
-    def __init__(self, module: GraphModule, record: _Record) -> None:
+    def __init__(self, module: GraphModule, record: _Record, inputs: bool) -> None:
         super().__init__(module)
         self._record = record
+        self._inputs = inputs
 
     def run_node(self, n: Node) -> Any:
         """Run one node."""
@@ -251,5 +257,6 @@ class _Probed(SegmentInterpreter):
             return value
         if not value.requires_grad:  # neither weights nor tokens do
             value = value.detach().requires_grad_()
-        value.register_hook(partial(self._record, n, self.env[n.args[0]].detach()))  # type: ignore[index]
+        source = self.env[n.args[0]].detach() if self._inputs else None  # type: ignore[index]
+        value.register_hook(partial(self._record, n, source))
         return value

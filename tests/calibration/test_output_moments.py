@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import graphs
 import pytest
 import tiny
 import torch
@@ -12,7 +13,7 @@ import parofx
 from parofx import CalibrationConfig, ParoConfig
 from parofx.calibration import data_run, output_moments
 from parofx.calibration.output_moments import OutputMoments, measure_output_moments
-from parofx.calibration.sensitivity import backward_of_likelihood
+from parofx.calibration.sensitivity import _token_score, backward_of_likelihood
 from parofx.errors import ConfigError
 from parofx.passes.linears import find_embeddings
 from parofx.passes.transforms import find_transforms
@@ -92,7 +93,7 @@ def test_gradients_are_those_of_drawn_tokens():
         rows = gradient.flatten(0, -2).double()
         sums[name] = sums.get(name, 0) + rows.t() @ rows
 
-    backward_of_likelihood(gm, [data] * 200, vocabularies, record, seeds=range(200))
+    backward_of_likelihood(gm, [data] * 60, vocabularies, record, seeds=range(60))
     made = model()
     caught: list[torch.Tensor] = []
     made.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, out: caught.append(out))
@@ -107,14 +108,14 @@ def test_gradients_are_those_of_drawn_tokens():
         scores.append(gradient.double() * probabilities[..., token, None].sqrt())
     for score in scores:
         expected += score.flatten(0, -2).t() @ score.flatten(0, -2)
-    found = sums["model.layers.1.mlp.down_proj"] / 200
-    assert (found - expected).norm() < 0.15 * expected.norm()
+    found = sums["model.layers.1.mlp.down_proj"] / 60
+    assert (found - expected).norm() < 0.25 * expected.norm()
 
 
 def report(**options):
     config = ParoConfig(group_size=32, krot=2, calibration=CalibrationConfig(**(CONFIG.to_dict() | options)))
-    quantized = tiny.model(hidden_size=128, intermediate_size=256)
-    made = parofx.quantize(quantized, config, calibration=TOKENS.repeat(2, 2)[:, :16], progress=False)
+    quantized, batches = graphs.Stack(2).eval(), [graphs.rows(2, 8, 64, seed=seed) for seed in range(4)]
+    made = parofx.quantize(quantized, config, calibration=batches, progress=False)
     return quantized, made
 
 
@@ -161,15 +162,57 @@ def test_a_count_that_is_none_is_refused(value):
         CalibrationConfig(gradient_samples=value)
 
 
-def test_heads_are_left_out_and_what_gets_no_gradient_is_told(caplog):
+def test_what_gets_no_gradient_is_told(caplog):
     data = {"input_ids": TOKENS, "use_cache": False}
     gm, weights = prepared(data)
-    weights["head"] = torch.zeros(tiny.VOCAB, 64)
     weights["unused"] = torch.zeros(8, 64)
     with caplog.at_level("WARNING", "parofx"):
-        found = measure_output_moments(gm, weights, [data], samples=1, seed=0)
-    assert "head" not in found
+        measure_output_moments(gm, weights, [data], samples=1, seed=0)
     assert [one.args for one in caplog.records if one.name == "parofx"] == [("unused",)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scores_of_sure_predictions_keep_their_direction(dtype):
+    """In 16 bits 1 − p is 0 long before p is 1; directions count, so it must not be lost."""
+    head = torch.randn(50, 16, generator=torch.Generator().manual_seed(1)).double()
+    logits = torch.zeros(64, 50)
+    logits[:, 7] = 13.0  # p = 0.99989
+    logits = logits.to(dtype)
+    score = _token_score(logits, torch.Generator().manual_seed(0)).double()
+    probabilities = logits.double().softmax(-1)
+    expected = torch.nn.functional.one_hot(score.argmax(-1), 50) - probabilities
+    cosine = torch.nn.functional.cosine_similarity(score @ head, expected @ head)
+    assert (score.argmax(-1) == 7).sum() > 60
+    assert cosine.min() > 0.999
+
+
+def test_outputs_in_parts_are_rounded_part_by_part(monkeypatch):
+    monkeypatch.setattr(output_moments, "WIDEST", 48)
+    (parted, made), (_, plain) = (report(gradient_samples=count) for count in (4, 0))
+    assert all(
+        one.relative_error < 3 * two.relative_error for one, two in zip(made.linears, plain.linears, strict=True)
+    )
+    assert all(module.qweight.numel() for module in parted.modules() if isinstance(module, parofx.ParoLinear))
+
+
+def test_moments_are_freed_where_their_block_is_fitted(monkeypatch):
+    left: list[int] = []
+    run = data_run.DataRun._run_segment
+
+    def watched(self, *arguments):
+        found = run(self, *arguments)
+        left.append(len(self._outputs))
+        return found
+
+    monkeypatch.setattr(data_run.DataRun, "_run_segment", watched)
+    report(gradient_samples=2)
+    assert left == [3, 0]
+
+
+def test_an_unused_count_is_told(caplog):
+    with caplog.at_level("WARNING", "parofx"):
+        report(gradient_samples=3, compensation_rank=2)
+    assert "gradient_samples=3 is not used" in caplog.text
 
 
 def test_a_quantized_head_is_rounded_as_without():

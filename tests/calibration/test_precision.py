@@ -61,7 +61,31 @@ def test_what_an_accelerator_multiplies_is_left_alone():
 
 def test_training_does_not_emulate_bf16(emulated):
     x = torch.randn(4, 8)
-    with autocast_while_training("cpu", enabled=True):
-        assert (x @ x.t()).dtype == (torch.float32 if emulated else torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16), autocast_while_training("cpu", enabled=False):
+    for dtype in (torch.float32, torch.bfloat16):
+        with autocast_while_training("cpu", dtype, enabled=True):
+            assert (x @ x.t()).dtype == (torch.float32 if emulated else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), autocast_while_training("cpu", torch.float32, enabled=False):
         assert (x @ x.t()).dtype == torch.float32
+
+
+def test_gradients_of_fp16_models_do_not_vanish(emulated):
+    x, weight = (torch.full(size, 0.1, dtype=torch.float16, requires_grad=True) for size in ((4, 8), (3, 8)))
+    with autocast_while_training("cpu", torch.float16, enabled=True):
+        output = linear(x, weight)
+    assert output.dtype == torch.bfloat16
+    (output.float() * 1e-9).sum().backward()
+
+
+def test_wide_products_are_exact_inside_fast_ones(monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_16_bit", lambda *_: False)
+    seen = []
+    true_linear = torch.nn.functional.linear
+
+    def watched(*arguments):
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return true_linear(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    with product_precision("fast"):
+        linear(torch.ones(2, 4, dtype=torch.float16), torch.ones(3, 4, dtype=torch.float16))
+    assert seen == ["ieee"]
