@@ -35,7 +35,10 @@ def product_precision(kind: Literal["fast", "exact"]) -> Iterator[None]:
 
 @functools.cache
 def multiplies_16_bit(device: str, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Tell whether a type of device has fast products of a 16-bit dtype; a CPU without AVX-512 emulates them."""
+    """Tell whether a type of device has fast products of a 16-bit dtype.
+
+    An x86 CPU emulates those of bf16 without AVX-512, and those of fp16 without AVX512-FP16.
+    """
     if device != "cpu":
         return True
     # There is no public question for it.
@@ -49,9 +52,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On such a CPU that is six times as fast. Sums are fp32 either way. What autocast is on for is left to it.
     """
-    device, narrow = x.device.type, x.dtype in (torch.bfloat16, torch.float16)
-    left_alone = weight.dtype != x.dtype or torch.is_autocast_enabled(device)
-    if not narrow or left_alone or multiplies_16_bit(device, x.dtype):
+    device = x.device.type
+    emulated = x.dtype in (torch.bfloat16, torch.float16) and not multiplies_16_bit(device, x.dtype)
+    if not emulated or weight.dtype != x.dtype or torch.is_autocast_enabled(device):
         return torch.nn.functional.linear(x, weight, bias)
     with product_precision("exact"):
         wide = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())

@@ -171,6 +171,20 @@ def test_what_gets_no_gradient_is_told(caplog):
     assert [one.args for one in caplog.records if one.name == "parofx"] == [("unused",)]
 
 
+@pytest.mark.parametrize("inputs", [True, False])
+def test_inputs_are_kept_only_for_those_who_ask(inputs):
+    data = {"input_ids": TOKENS, "use_cache": False}
+    gm, _ = prepared(data)
+    seen: list[bool] = []
+
+    def record(node, value, gradient, masks):
+        seen.append(value is not None)
+
+    backward_of_likelihood(gm, [data], frozenset(), record, seeds=[0], inputs=inputs)
+    assert len(seen) == 14
+    assert set(seen) == {inputs}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scores_of_sure_predictions_keep_their_direction(dtype):
     """In 16 bits 1 − p is 0 long before p is 1; directions count, so it must not be lost."""
