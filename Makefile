@@ -19,6 +19,9 @@ STAMP := $(VENV)/.setup-stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX_OPTION := $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
 TORCH_INDEX_OPTION := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),$(INDEX_OPTION))
+# Processes that share the tests; PyTorch's threads are divided among them.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 # Paths to check and format.
 SOURCES := parofx tests benchmarks
 # One file per question; files that begin with an underscore serve the others. `gpu` and `gpu_model` need one.
@@ -50,15 +53,15 @@ format: $(STAMP) ## apply ruff's fixes and format
 	$(BIN)/ruff format $(SOURCES)
 
 test: $(STAMP) ## the test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-aot: $(STAMP) ## compile every row of the Triton launch tables for every GPU and check its budgets
-	$(BIN)/python -m pytest tests/triton_ops/test_aot.py tests/triton_ops/test_producers_aot.py --full-aot $(PYTEST_ARGS)
+	$(PYTEST) --dist load tests/triton_ops/test_aot.py tests/triton_ops/test_producers_aot.py --full-aot $(PYTEST_ARGS)
 
 test-triton: $(STAMP) ## the Triton kernels' tests with the oldest supported Triton
 	test -d build/triton-$(OLDEST_TRITON) || \
 		$(PIP) install $(INDEX_OPTION) --no-deps --target build/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest tests/triton_ops $(PYTEST_ARGS)
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTEST) tests/triton_ops $(PYTEST_ARGS)
 
 demo: $(STAMP) ## quantize a language model, compile it, generate with it, and report
 	$(BIN)/python -m benchmarks.demo

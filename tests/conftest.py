@@ -9,7 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(2)
+# Tests that run side by side share the cores, and what they start inherits its part.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_THREADS = max(1, 2 // _WORKERS)
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
+torch.set_num_threads(_THREADS)
 
 # No deadline and no "too slow": a first call may compile, and the machine may be shared.
 settings.register_profile(
