@@ -29,6 +29,7 @@ from parofx import kept_float
 from parofx.checks import warn_of_long_windows
 from parofx.errors import DataError
 from parofx.nn import ParoLinear
+from parofx.precision import unemulated_linears
 
 #: Logits of one forward that a batch size chosen here stays below.
 _LOGITS_BYTES = 512 * 2**20
@@ -230,7 +231,8 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     # A cache of keys and values would be filled for nothing. A compiled module hides its signature.
     signature = inspect.signature(getattr(model, "_orig_mod", model).forward)
     options = {"use_cache": False} if "use_cache" in signature.parameters else {}
-    output = model(batch.to(device), **options)
+    with unemulated_linears(model):
+        output = model(batch.to(device), **options)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or tuple(logits.shape[:2]) != tuple(batch.shape) or logits.dim() != 3:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -21,7 +21,6 @@ from parofx.calibration.data_run import joined_linears
 from parofx.calibration.distillation import few_at_a_time, steps_of
 from parofx.calibration.format_losses import TransformFormat, stored_bytes
 from parofx.calibration.memory import TransformShape, disk_bytes, memory_terms
-from parofx.calibration.precision import multiplies_16_bit
 from parofx.calibration.probe import estimate_seconds
 from parofx.calibration.processes import process_count
 from parofx.calibration.sensitivity import first_sequences
@@ -34,6 +33,7 @@ from parofx.passes.insert_transforms import InsertTransforms
 from parofx.passes.linears import find_embeddings
 from parofx.passes.transforms import Transform, find_transforms
 from parofx.pipeline import Pipeline
+from parofx.precision import multiplies_16_bit
 from parofx.quantization import captured, not_converted, output_heads
 from parofx.report import FloatLinear, FloatReason
 from parofx.unwrapping import plain_module

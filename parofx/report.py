@@ -56,7 +56,11 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class TransformReport:
-    """One fitted rotation: the objective before and after, the angles' spread, and error feedback's damping."""
+    """One fitted rotation: the objective before and after, the angles' spread, and error feedback's damping.
+
+    `joins_rows` tells whether rows took over errors of other rows (`gradient_samples`); the `relative_error` of its
+    linears, which judges each row for itself, is larger then.
+    """
 
     name: str
     members: tuple[str, ...]
@@ -65,6 +69,7 @@ class TransformReport:
     loss_after: float
     angle_rms: float
     damping: float | None = None
+    joins_rows: bool = False
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def render_page(report: Mapping[str, Any]) -> str:
         *_block_tables(report.get("blocks", ())),
         "<h2>Transforms</h2>",
         _table(
-            ("transform", "objective", "after", "factor", "angles (rms)", "damping"),
+            ("transform", "objective", "after", "factor", "angles (rms)", "damping", "feedback"),
             [
                 (
                     one["name"],
@@ -54,6 +54,7 @@ def render_page(report: Mapping[str, Any]) -> str:
                     _factor(one["loss_before"], one["loss_after"]),
                     f"{one['angle_rms']:.3f}",
                     "–" if one.get("damping") is None else f"{one['damping']:g}",
+                    _feedback(one),
                 )
                 for one in transforms
             ],
@@ -160,6 +161,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(heading)}" for heading in headings)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows)
     return f"<table><tr>{head}{body}</table>"
+
+
+def _feedback(transform: Mapping[str, Any]) -> str:
+    """Return between what rounding errors were fed back."""
+    if transform.get("damping") is None:
+        return "–"
+    return "columns and rows" if transform.get("joins_rows") else "columns"
 
 
 def _factor(before: float, after: float) -> str:

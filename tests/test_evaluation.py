@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from parofx import evaluation
+from parofx import evaluation, precision
 from parofx.errors import DataError
 from parofx.evaluation import collect_logits, evaluate
 
@@ -154,3 +154,33 @@ def test_another_vocabulary_is_refused() -> None:
 def test_a_model_without_logits_is_refused() -> None:
     with pytest.raises(DataError, match=r"expected logits \(5, 7, vocabulary\), the model gave \(5, 7\)"):
         evaluate(nn.Identity(), windows())
+
+
+class Sixteen(Table):
+    """Its logits are products of bf16 factors."""
+
+    def __init__(self) -> None:
+        super().__init__(0, torch.bfloat16)
+        self.head = nn.Linear(VOCAB, VOCAB, dtype=torch.bfloat16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(super().forward(tokens))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_16_bit_products_are_not_emulated_but_in_compiled_models(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    wide = []
+    true_linear = precision.linear
+    monkeypatch.setattr(precision, "multiplies_16_bit", lambda *_: False)
+    monkeypatch.setattr(precision, "linear", lambda *given: wide.append(1) or true_linear(*given))
+    torch.manual_seed(0)
+    model = Sixteen()
+    plain = evaluate(model, windows(), batch_size=5)
+    count = len(wide)
+    assert count == 1
+    torch.compiler.reset()
+    result = evaluate(torch.compile(model, backend="eager") if compiled else model, windows(), batch_size=5)
+    assert len(wide) == (count if compiled else 2 * count)
+    assert result.perplexity == pytest.approx(plain.perplexity, rel=1e-2)

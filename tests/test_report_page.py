@@ -29,6 +29,7 @@ def report():
         linears=(linear("layers.0.q", 0.001, 0.002), linear("layers.0.<k>", 0.0, None), linear("layers.1.q", 0.1, 0.2)),
         transforms=(
             TransformReport("layers.0.q", ("layers.0.q",), "layers.0", 0.02, 0.005, 0.25, 0.1),
+            TransformReport("layers.0.k", ("layers.0.k",), "layers.0", 0.02, 0.005, 0.25, 0.1, joins_rows=True),
             TransformReport("zero", (), "", 0.0, 0.0, 0.0),
         ),
         kept_float=(FloatLinear("lm_head", FloatReason.OUTPUT_HEAD), FloatLinear("odd", FloatReason.IN_FEATURES, "36")),
@@ -88,9 +89,16 @@ def test_a_report_of_an_earlier_version_is_drawn(report):
     for one in old["linears"]:
         del one["nearest_error"]
     for one in old["transforms"]:
-        del one["damping"]
+        del one["damping"], one["joins_rows"]
     assert "Blocks" not in render_page(old)
     assert "Quantization report" in render_page({})
+
+
+def test_it_tells_between_what_errors_were_fed_back(report):
+    table = render_page(report.to_dict()).split("<h2>Transforms</h2>")[1].split("</table>")[0]
+    for name, words in (("layers.0.q", "columns"), ("layers.0.k", "columns and rows"), ("zero", "–")):
+        (row,) = [one for one in table.split("<tr>") if f"<td>{name}<" in one]
+        assert re.findall(r"<td[^>]*>([^<]*)", row)[-1] == words
 
 
 def test_it_is_written_whole(report, tmp_path):

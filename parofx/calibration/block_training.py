@@ -20,11 +20,11 @@ from torch.utils import _pytree as pytree
 from parofx.calibration.block_student import Student, TrainedTransform
 from parofx.calibration.descent import Groups, descend
 from parofx.calibration.fixed_codes import angle_masks, continuous
-from parofx.calibration.precision import autocast_while_training
 from parofx.calibration.processes import together, total, totals
 from parofx.calibration.row_masks import row_mask_of
 from parofx.calibration.shares import Shares
 from parofx.config import CalibrationConfig
+from parofx.precision import autocast_while_training
 from parofx.report import StageReport
 
 #: Added to a target row's squared length, in units of the mean one.

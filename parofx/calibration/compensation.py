@@ -17,10 +17,10 @@ from torch import Tensor
 from parofx import affine
 from parofx.calibration.feedback import RoundedWeight, damped
 from parofx.calibration.fitting import FittedTransform, Rotated, round_rotated
-from parofx.calibration.precision import product_precision
 from parofx.calibration.rounding import relative_error
 from parofx.calibration.statistics import InputStatistics
 from parofx.config import CalibrationConfig
+from parofx.precision import product_precision
 
 #: Dimensions and power iterations by which the randomized decomposition exceeds the rank asked for.
 _OVERSAMPLING = 8

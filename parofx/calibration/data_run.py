@@ -25,7 +25,6 @@ from parofx.calibration.distillation import Distiller
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.normalized import mark_normalized
 from parofx.calibration.output_moments import OutputMoments, measure_output_moments
-from parofx.calibration.precision import product_precision
 from parofx.calibration.processes import check_alike, fit_together, process_count, together
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.shared_store import SharedStore
@@ -36,6 +35,7 @@ from parofx.calibration.stream import BlockStream, Border, first_held_out
 from parofx.config import ParoConfig
 from parofx.errors import DataError
 from parofx.passes.transforms import Transform, TransformedLinear
+from parofx.precision import product_precision
 from parofx.report import BlockReport, StageReport
 
 logger = logging.getLogger("parofx")

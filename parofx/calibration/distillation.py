@@ -28,7 +28,6 @@ from parofx.calibration.block_training import Whole, relative_distance, row_size
 from parofx.calibration.descent import descend
 from parofx.calibration.fitting import FittedTransform
 from parofx.calibration.fixed_codes import angle_masks, as_stored, continuous, with_fixed_codes
-from parofx.calibration.precision import autocast_while_training, product_precision
 from parofx.calibration.processes import sum_tensors, together, total, totals
 from parofx.calibration.progress import BlockProgress
 from parofx.calibration.row_masks import select_rows
@@ -39,6 +38,7 @@ from parofx.config import CalibrationConfig
 from parofx.passes.graph import FAKE_QUANTIZE
 from parofx.passes.linears import find_embeddings
 from parofx.passes.transforms import Transform
+from parofx.precision import autocast_while_training, product_precision
 from parofx.report import StageReport
 
 _STAGE = "distillation"

@@ -15,11 +15,11 @@ from parofx import affine, rotation
 from parofx.calibration.activation_energy import FeedbackEnergy
 from parofx.calibration.feedback import RoundedWeight, damped, output_error, round_with_feedback
 from parofx.calibration.output_feedback import round_with_output_feedback
-from parofx.calibration.precision import product_precision
 from parofx.calibration.range_objective import fit_transform
 from parofx.calibration.rounding import choose_clipped_qparams, relative_error, rotated_block_gram, rotated_gram
 from parofx.calibration.statistics import InputStatistics, diagonal_blocks
 from parofx.config import CalibrationConfig
+from parofx.precision import product_precision
 
 #: Output channels on which the candidates of damping are compared.
 _DAMPING_ROWS = 256
@@ -42,6 +42,7 @@ class FittedTransform:
         damping: of error feedback; None without.
         corrections: `(up (N_i, r), down (r, K))` per linear, fp16, added to the rounded rotated weight; None without.
         uncorrected_errors: `errors` without them.
+        joins_rows: whether rows took over errors of other rows.
     """
 
     pairs: Tensor
@@ -56,6 +57,7 @@ class FittedTransform:
     damping: float | None = None
     corrections: tuple[tuple[Tensor, Tensor], ...] | None = None
     uncorrected_errors: tuple[float, ...] | None = None
+    joins_rows: bool = False
 
     @property
     def angle_rms(self) -> float:
@@ -222,6 +224,7 @@ def _round_rotated(
         codes=codes,
         nearest_errors=_nearest_errors(rotated, grids, gram[None], transform.group_size, bits),
         damping=damping,
+        joins_rows=bool(outputs),
     )
 
 

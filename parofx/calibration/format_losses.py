@@ -12,13 +12,13 @@ from torch import Tensor
 
 from parofx import affine
 from parofx.calibration.fitting import Rotated
-from parofx.calibration.precision import product_precision
 from parofx.calibration.range_objective import fit_transform
 from parofx.calibration.rounding import choose_clipped_qparams
 from parofx.calibration.sensitivity import Sensitivity
 from parofx.calibration.statistics import InputStatistics
 from parofx.config import CalibrationConfig
 from parofx.linear_tensors import tensor_specs
+from parofx.precision import product_precision
 
 #: Optimizer steps of a fit that is only to be compared with others.
 _STEPS = 20

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from parofx.calibration.processes import share_of, sum_tensors, together
+from parofx.calibration.processes import process_index, share_of, sum_tensors, together
 from parofx.calibration.row_masks import select_rows
-from parofx.calibration.sensitivity import backward_of_likelihood, first_sequences
+from parofx.calibration.sensitivity import backward_of_likelihood, count_sequences, first_sequences
 from parofx.passes.linears import find_embeddings
 
 logger = logging.getLogger("parofx")
@@ -64,6 +64,11 @@ def measure_output_moments(
         samples: how many sequences.
         seed: of the tokens that are drawn.
     """
+    there = sum(map(count_sequences, batches))
+    if there < samples and process_index() == 0:
+        logger.warning(
+            "gradient_samples asks for %d sequences, and there are %d; all of them are taken", samples, there
+        )
     vocabularies = frozenset(len(table) for table in find_embeddings(gm))
     found = {name: OutputMoments(len(weight), weight.device) for name, weight in weights.items()}
 

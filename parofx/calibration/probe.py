@@ -17,11 +17,11 @@ import torch
 
 from parofx.calibration.fitting import Rotated, energy_of, round_rotated
 from parofx.calibration.memory import TransformShape
-from parofx.calibration.precision import linear, product_precision
 from parofx.calibration.range_objective import TransformFit, fit_transform
 from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.traffic import SegmentTraffic
 from parofx.config import CalibrationConfig
+from parofx.precision import linear, product_precision
 
 #: What is timed at most: rows of a product, optimizer steps, output channels.
 _ROWS = 512

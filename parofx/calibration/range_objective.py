@@ -27,10 +27,10 @@ from parofx.affine import quant_max
 from parofx.calibration.activation_energy import ActivationEnergy, DiagonalEnergy
 from parofx.calibration.dense_rounds import DenseRounds
 from parofx.calibration.guess_power import guess_power
-from parofx.calibration.precision import product_precision
 from parofx.config import CalibrationConfig
 from parofx.errors import DataError, ShapeError
 from parofx.pairing import make_pairs, trainable_angles
+from parofx.precision import product_precision
 
 #: Bound of |log2 α|, with a margin to fp16's normal numbers, 2^-14 to 2^15.
 LARGEST_LOG2_ALPHA = 13.0

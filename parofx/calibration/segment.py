@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Interpreter
 
-from parofx.calibration.precision import linear
 from parofx.passes.graph import LINEAR
+from parofx.precision import linear
 
 
 class SegmentInterpreter(Interpreter):

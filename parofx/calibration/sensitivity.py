@@ -168,8 +168,7 @@ def first_sequences(
     """Return the first `count` sequences, so many of them to a batch where the captured graph serves such."""
     found: list[Mapping[str, Any]] = []
     for batch in batches:
-        # Vectors may hold something of each position instead.
-        size = max((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1), default=1)
+        size = count_sequences(batch)
         end = min(size, count)
         parts = [
             {name: _rows(value, slice(first, min(first + at_a_time, end)), size) for name, value in batch.items()}
@@ -181,6 +180,12 @@ def first_sequences(
         if count <= 0:
             break
     return found
+
+
+def count_sequences(batch: Mapping[str, Any]) -> int:
+    """Return how many sequences a batch holds."""
+    # Vectors may hold something of each position instead.
+    return max((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1), default=1)
 
 
 def _rows(value: Any, rows: slice, size: int) -> Any:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from parofx.calibration.precision import product_precision
 from parofx.errors import DataError, ShapeError
+from parofx.precision import product_precision
 
 #: Columns of full second moments computed at a time: what lies above the diagonal is mirrored, not computed.
 _COLUMNS = 256

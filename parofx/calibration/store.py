@@ -168,6 +168,8 @@ def pack_fit(name: str, fitted: FittedTransform) -> dict[str, Tensor]:
         tensors |= {f"up{index}": up, f"down{index}": down}
     if fitted.uncorrected_errors is not None:
         tensors["uncorrected_errors"] = torch.tensor(fitted.uncorrected_errors, dtype=torch.float64)
+    if fitted.joins_rows:
+        tensors["joins_rows"] = torch.tensor(True)
     return {f"{name}|{key}": tensor for key, tensor in tensors.items()}
 
 
@@ -192,6 +194,7 @@ def _unpack_fit(parts: Mapping[str, Tensor]) -> FittedTransform:
     found |= {name: tuple(parts[name].tolist()) for name in ("nearest_errors", "uncorrected_errors") if name in parts}
     if "damping" in parts:
         found["damping"] = parts["damping"].item()
+    found["joins_rows"] = "joins_rows" in parts
     return FittedTransform(*rotation, grids, tuple(parts["errors"].tolist()), before, after, **found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,11 @@ def save_pretrained(
 
     Raises:
         CheckpointError: if the model holds no `ParoLinear`, or `directory` is not free.
+        ConfigError: if `max_shard_size` is no size, or `tokenizer` cannot be saved.
     """
+    _check_shard_size(max_shard_size)
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise ConfigError(f"tokenizer must have save_pretrained, as those of transformers do, got {tokenizer!r}")
     model = plain_module(model)
     config = layout.describe(model)
     with files.new_folder(Path(directory), overwrite=overwrite) as folder:
@@ -104,6 +109,18 @@ def load_pretrained(
     from parofx.integrations import transformers
 
     return transformers.load(folder, config["architectures"][0], dtype, device)
+
+
+def _check_shard_size(size: int | str) -> None:
+    if isinstance(size, str):
+        found = re.fullmatch(r"\s*(\d*\.?\d+)\s*([KMGT])B\s*", size, re.IGNORECASE | re.ASCII)
+        valid = found is not None and float(found[1]) * 1000 ** (1 + "KMGT".index(found[2].upper())) >= 1
+    else:
+        valid = isinstance(size, int) and not isinstance(size, bool) and size > 0
+    if not valid:
+        raise ConfigError(
+            f'max_shard_size must be a number of bytes, or one with KB, MB, GB or TB such as "5GB", got {size!r}'
+        )
 
 
 def _save_module(model: nn.Module, folder: Path, config: dict[str, Any], max_shard_size: int | str) -> None:

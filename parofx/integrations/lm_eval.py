@@ -30,6 +30,7 @@ from torch import nn
 
 from parofx.errors import ConfigError, DataError, ParoError
 from parofx.models import load_model
+from parofx.precision import unemulated_linears
 
 #: What lm-eval names the standard error of a metric.
 _ERROR = "_stderr"
@@ -123,7 +124,7 @@ class ParoLM(HFLM):  # type: ignore[misc]
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         if attn_mask is not None or labels is not None:
             return super()._model_call(inps, attn_mask, labels)  # type: ignore[no-any-return]
-        with torch.no_grad():
+        with torch.no_grad(), unemulated_linears(self._forward):
             return self._forward(input_ids=inps, use_cache=False).logits  # type: ignore[no-any-return]
 
 

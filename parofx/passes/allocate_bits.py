@@ -21,7 +21,6 @@ from torch.fx import GraphModule
 
 from parofx.calibration.format_losses import Losses, TransformFormat, all_format_losses, stored_bytes
 from parofx.calibration.knapsack import Option, Variant, choose, largest_cost, smallest_cost
-from parofx.calibration.precision import product_precision
 from parofx.calibration.processes import together
 from parofx.calibration.sensitivity import Sensitivities, first_sequences, measure_sensitivities
 from parofx.config import FALLBACK_GROUP_SIZES, PACKED_BITS, ParoConfig
@@ -31,6 +30,7 @@ from parofx.pairing import make_pairs
 from parofx.passes.base import PassReport, Stage, register, set_stage
 from parofx.passes.linears import find_embeddings
 from parofx.passes.transforms import Transform, TransformedLinear, check_weights, find_transforms
+from parofx.precision import product_precision
 
 #: Calibration sequences on which the output's sensitivity is measured.
 _SEQUENCES = 8

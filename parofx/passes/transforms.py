@@ -138,7 +138,14 @@ class Transform:
         uncorrected = gm.meta.setdefault("parofx_uncorrected_errors", {})
         uncorrected |= zip(members, fitted.uncorrected_errors or (), strict=False)
         report = TransformReport(
-            self.name, members, self.block, fitted.loss_before, fitted.loss_after, fitted.angle_rms, fitted.damping
+            self.name,
+            members,
+            self.block,
+            fitted.loss_before,
+            fitted.loss_after,
+            fitted.angle_rms,
+            fitted.damping,
+            fitted.joins_rows,
         )
         gm.meta.setdefault("parofx_transform_reports", {})[self.name] = report
         return report

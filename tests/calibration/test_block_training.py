@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import parofx
-from parofx import affine, rotation
-from parofx.calibration import precision
+from parofx import affine, precision, rotation
 from parofx.calibration.block_fitting import quantized_weights, train_block
 from parofx.calibration.block_student import Student, TrainedTransform, differentiable_qparams
 from parofx.calibration.block_training import BlockData, BlockTrainer, counting_outputs

@@ -8,6 +8,7 @@ import graphs
 import pytest
 import tiny
 import torch
+import transformers
 
 import parofx
 from parofx import CalibrationConfig, ParoConfig
@@ -151,6 +152,8 @@ def test_codes_follow_the_gradients_and_repeat():
             assert torch.equal(one, two)
             changed += not torch.equal(one, three)
     assert changed > 0
+    assert all(one.joins_rows for one in made.transforms)
+    assert not any(one.joins_rows for one in plain.transforms)
     for one, other in zip(made.linears, plain.linears, strict=True):
         # By the outputs alone it looks worse, and not by much.
         assert one.relative_error < 3 * other.relative_error
@@ -244,3 +247,49 @@ def test_a_run_that_only_resumes_takes_no_gradients(tmp_path, monkeypatch):
     report(gradient_samples=3, work_dir=str(tmp_path / "work"))
     monkeypatch.setattr(data_run, "measure_output_moments", None)
     report(gradient_samples=3, work_dir=str(tmp_path / "work"))
+
+
+class Twice(torch.nn.Module):
+    """One linear at two places, as the layers of models that share them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = graphs.linear()
+
+    def forward(self, x):
+        return self.a(torch.tanh(self.a(x)))
+
+
+def test_a_linear_that_runs_twice_is_measured_at_both_places():
+    x = graphs.rows(2, 8, 64)
+    gm = parofx.prepare(parofx.capture(Twice().eval(), x=x), ParoConfig(group_size=32))
+    weights = {linear.name: linear.weight for one in find_transforms(gm) for linear in one.linears}
+    found = measure_output_moments(gm, weights, [{"x": x}], samples=2, seed=0)
+    assert found["a"].parts[0].trace() == pytest.approx(2 * 16, rel=1e-4)
+
+
+def test_encoder_and_decoder_are_both_measured():
+    t5 = transformers.T5Config(
+        vocab_size=tiny.VOCAB, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    made = transformers.T5ForConditionalGeneration(t5).eval()
+    data = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :5], "use_cache": False}
+    gm = parofx.prepare(parofx.capture(made, **data), ParoConfig(group_size=32))
+    weights = {linear.name: linear.weight for one in find_transforms(gm) for linear in one.linears}
+    found = measure_output_moments(gm, weights, [data], samples=2, seed=0)
+    rows = {name: round(float(one.parts[0].trace())) for name, one in found.items()}
+    assert rows["encoder.block.0.layer.1.DenseReluDense.wo"] == 24
+    assert rows["decoder.block.0.layer.2.DenseReluDense.wo"] == 10
+    # The decoder reads what the encoder gave, at the encoder's positions.
+    assert rows["decoder.block.0.layer.1.EncDecAttention.v"] == 24
+
+
+def test_fewer_sequences_than_asked_for_are_told(caplog):
+    data = {"input_ids": TOKENS, "use_cache": False}
+    gm, weights = prepared(data)
+    with caplog.at_level("WARNING", "parofx"):
+        measure_output_moments(gm, weights, [data], samples=4, seed=0)
+        assert "asks for" not in caplog.text
+        measure_output_moments(gm, weights, [data], samples=5, seed=0)
+    assert "asks for 5 sequences, and there are 4" in caplog.text

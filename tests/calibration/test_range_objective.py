@@ -9,11 +9,11 @@ from parofx import affine, rotation
 from parofx.calibration import range_objective
 from parofx.calibration.activation_energy import DiagonalEnergy
 from parofx.calibration.guess_power import guess_power
-from parofx.calibration.precision import product_precision
 from parofx.calibration.range_objective import RangeObjective, TransformFit, fit_transform
 from parofx.config import CalibrationConfig
 from parofx.errors import DataError, ShapeError
 from parofx.pairing import make_pairs, trainable_angles
+from parofx.precision import product_precision
 
 GROUP = 16
 KROT = 4

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import parofx
-from parofx import CalibrationConfig, ParoConfig
-from parofx.calibration import precision, segment
+from parofx import CalibrationConfig, ParoConfig, precision
+from parofx.calibration import segment
 
 #: One recipe for each kind of run through segments: recorded, probed for gradients, trained in blocks, distilled.
 RUNS = {

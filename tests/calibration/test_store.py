@@ -24,6 +24,7 @@ def fitted(seed: int = 0, linears: int = 2, *, feedback: bool = False) -> Fitted
         codes=tuple(torch.arange(256, dtype=torch.uint8).view(8, 32) for _ in range(linears)) if feedback else None,
         nearest_errors=(0.7,) * linears if feedback else None,
         damping=0.1 if feedback else None,
+        joins_rows=feedback,
     )
 
 
@@ -35,7 +36,7 @@ def same(one: FittedTransform, other: FittedTransform) -> bool:
     tensors = len(flat[0]) == len(flat[1]) and all(
         a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*flat, strict=True)
     )
-    rest = [(f.errors, f.loss_before, f.loss_after, f.nearest_errors, f.damping) for f in (one, other)]
+    rest = [(f.errors, f.loss_before, f.loss_after, f.nearest_errors, f.damping, f.joins_rows) for f in (one, other)]
     return tensors and rest[0] == rest[1]
 
 

@@ -361,3 +361,16 @@ def test_a_float_tensor_that_holds_integers_is_refused(saved):
     edit(folder, lambda tensors: tensors.update({"embed.weight": torch.ones(10, 64, dtype=torch.int8)}))
     with pytest.raises(CheckpointError, match=r"embed\.weight: expected floating-point numbers, got torch\.int8"):
         load_pretrained(folder, model=Net())
+
+
+@pytest.mark.parametrize("size", ["5XB", "GB", "", "-1GB", "0GB", "0.0001KB", "٥GB", 0, -5, True, 1.5, None])
+def test_a_shard_size_that_is_none_is_refused(saved, tmp_path, size):
+    with pytest.raises(ConfigError, match="max_shard_size must be a number of bytes"):
+        save_pretrained(saved[0], tmp_path / "out", max_shard_size=size)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_refused(saved, tmp_path):
+    with pytest.raises(ConfigError, match=r"tokenizer must have save_pretrained.*'name'"):
+        save_pretrained(saved[0], tmp_path / "out", tokenizer="name")
+    assert not (tmp_path / "out").exists()

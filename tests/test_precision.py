@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from parofx.calibration import precision
-from parofx.calibration.precision import autocast_while_training, linear, multiplies_16_bit, product_precision
+from parofx import precision
+from parofx.precision import autocast_while_training, linear, multiplies_16_bit, product_precision, unemulated_linears
 
 BACKENDS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
 
@@ -25,6 +25,7 @@ def test_exact_products_are_fp32_inside_fast_ones():
 @pytest.fixture(params=[True, False], ids=["emulated", "native"])
 def emulated(request, monkeypatch):
     monkeypatch.setattr(precision, "multiplies_16_bit", lambda *_: not request.param)
+    monkeypatch.setattr(precision, "_MANY_ROWS", 1)
     return request.param
 
 
@@ -87,5 +88,85 @@ def test_wide_products_are_exact_inside_fast_ones(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "linear", watched)
     with product_precision("fast"):
-        linear(torch.ones(2, 4, dtype=torch.float16), torch.ones(3, 4, dtype=torch.float16))
+        linear(torch.ones(16, 4, dtype=torch.float16), torch.ones(3, 4, dtype=torch.float16))
     assert seen == ["ieee"]
+
+
+def test_few_rows_and_mixed_dtypes_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_16_bit", lambda *_: False)
+    monkeypatch.setattr(precision, "product_precision", None)  # it is not asked for
+    weight = torch.ones(3, 4, dtype=torch.bfloat16)
+    assert linear(torch.ones(3, 5, 4, dtype=torch.bfloat16), weight).shape == (3, 5, 3)
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(torch.ones(32, 4, dtype=torch.bfloat16), weight, torch.ones(3))
+
+
+class Own(torch.Tensor):
+    """A subclass with a product of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return (
+            "its own" if func is torch.nn.functional.linear else super().__torch_function__(func, types, args, kwargs)
+        )
+
+
+class Calls(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3).bfloat16()
+
+    def forward(self, x):
+        functional = torch.nn.functional.linear(input=x, weight=self.layer.weight, bias=self.layer.bias)
+        return self.layer(x), functional
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The dtypes of what `linear` is asked to multiply."""
+    seen = []
+    true_linear = precision.linear
+
+    def watched(input, weight, bias=None):
+        seen.append(input.dtype)
+        return true_linear(input, weight, bias)
+
+    monkeypatch.setattr(precision, "linear", watched)
+    return seen
+
+
+@pytest.mark.usefixtures("emulated")
+def test_linears_of_any_module_are_not_emulated_inside(products):
+    module, x = Calls(), torch.randn(2, 4).bfloat16()
+    outside, _ = module(x)
+    with unemulated_linears(module):
+        inside, functional = module(x)
+        assert torch.nn.functional.linear(x, module.layer.weight.detach().as_subclass(Own)) == "its own"
+    assert products == [torch.bfloat16] * 2
+    assert torch.equal(inside, functional)
+    torch.testing.assert_close(inside, outside)
+
+
+def _compile_forward(module):
+    module.forward = torch.compile(module.forward, backend="aot_eager", fullgraph=True)
+    return module
+
+
+def _compile_in_place(module):
+    module.compile(backend="aot_eager", fullgraph=True)
+    return module
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [lambda module: torch.compile(module, backend="aot_eager", fullgraph=True), _compile_in_place, _compile_forward],
+)
+def test_compiled_models_keep_their_products(compiled, products, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_16_bit", lambda *_: pytest.fail("it was asked for"))
+    torch.compiler.reset()
+    module, x = Calls(), torch.randn(32, 4).bfloat16()
+    expected = module(x)
+    module = compiled(module)
+    with unemulated_linears(module):
+        assert torch.equal(module(x)[0], expected[0])
+    assert products == []

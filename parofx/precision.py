@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+#: Rows from which on converting a weight takes less time than emulated products do.
+_MANY_ROWS = 16
 
 
 @contextlib.contextmanager
@@ -47,18 +51,39 @@ def multiplies_16_bit(device: str, dtype: torch.dtype = torch.bfloat16) -> bool:
     return asked is None or bool(asked())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `x Wᵀ + b` in the dtype of `x (…, K)`, from fp32 factors where 16-bit products would be emulated.
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x Wᵀ + b` in the dtype of the input x `(…, K)`, from fp32 factors where 16-bit ones would be emulated.
 
-    On such a CPU that is six times as fast. Sums are fp32 either way. What autocast is on for is left to it.
+    On such a CPU that is six times as fast for many rows; a few are left to PyTorch, and so is what autocast is on for.
+    Sums are fp32 either way.
     """
-    device = x.device.type
-    emulated = x.dtype in (torch.bfloat16, torch.float16) and not multiplies_16_bit(device, x.dtype)
-    if not emulated or weight.dtype != x.dtype or torch.is_autocast_enabled(device):
-        return torch.nn.functional.linear(x, weight, bias)
+    device, dtype = input.device.type, input.dtype
+    emulated = dtype in (torch.bfloat16, torch.float16) and not multiplies_16_bit(device, dtype)
+    alike = weight.dtype == dtype and (bias is None or bias.dtype == dtype)
+    few = input.shape[:-1].numel() < _MANY_ROWS
+    if not emulated or not alike or few or torch.is_autocast_enabled(device):
+        return torch.nn.functional.linear(input, weight, bias)
     with product_precision("exact"):
-        wide = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    return wide.to(x.dtype)
+        wide = torch.nn.functional.linear(input.float(), weight.float(), None if bias is None else bias.float())
+    return wide.to(dtype)
+
+
+class _UnemulatedLinears(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Subclasses of Tensor have products of their own, and so have compiled graphs.
+        if func is torch.nn.functional.linear and not types and not torch.compiler.is_compiling():
+            func = linear
+        return func(*args, **(kwargs or {}))
+
+
+def unemulated_linears(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which `torch.nn.functional.linear`, wherever the model calls it, is `linear` of this module.
+
+    A compiled model is left as it is: it would be compiled anew.
+    """
+    # Of `torch.compile(module)` and of `module.compile()`.
+    compiled = any(hasattr(one, "_orig_mod") or one._compiled_call_impl is not None for one in model.modules())
+    return contextlib.nullcontext() if compiled else _UnemulatedLinears()
 
 
 def autocast_while_training(device: str, dtype: torch.dtype, *, enabled: bool) -> torch.autocast:
