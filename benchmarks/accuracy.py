@@ -21,6 +21,7 @@ Without texts it measures SmolLM2-135M-Instruct on what every Python installatio
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import hashlib
 import json
@@ -36,6 +37,7 @@ from safetensors.torch import save_file
 
 import parofx
 from benchmarks._accuracy_table import AccuracyTable
+from benchmarks._shared_statistics import SharedStatistics
 from benchmarks._texts import calibration_and_evaluation
 from benchmarks.perplexity import packaged_model
 from parofx import CalibrationConfig, ParoConfig
@@ -59,26 +61,27 @@ ROWS: dict[str, tuple[ParoConfig, bool]] = {
     "parofx data-free": (ParoConfig(calibration=CalibrationConfig(recipe="data-free")), False),
     "parofx fast": (ParoConfig(calibration=FAST), True),
     "parofx best": (ParoConfig(calibration=CalibrationConfig(recipe="best")), True),
-    "ablation: to nearest": (ParoConfig(calibration=replace(FAST, rounding="nearest", objective="range")), True),
+    # As far as they can, they have statistics in common.
     "ablation: no transform": (ParoConfig(krot=0, calibration=replace(FAST, steps=0)), True),
     "ablation: channel scales only": (ParoConfig(krot=0, calibration=FAST), True),
     "ablation: 2 rotations": (ParoConfig(krot=2, calibration=FAST), True),
     "ablation: range objective": (ParoConfig(calibration=replace(FAST, objective="range")), True),
     "ablation: no clip search": (ParoConfig(calibration=replace(FAST, clip_ratios=(1.0,))), True),
     "ablation: no sweeps": (ParoConfig(calibration=replace(FAST, sweeps=0)), True),
-    "ablation: feedback between rows": (ParoConfig(calibration=replace(FAST, gradient_samples=8)), True),
     "ablation: damping 0.1": (ParoConfig(calibration=replace(FAST, damping=(0.1,))), True),
     "ablation: greedy pairs": (ParoConfig(calibration=replace(FAST, pairs="greedy")), True),
+    "ablation: steps of best": (ParoConfig(calibration=replace(FAST, steps=300, rows=1024)), True),
+    "ablation: rank 4": (ParoConfig(calibration=replace(FAST, compensation_rank=4)), True),
+    "ablation: 3 bits": (ParoConfig(bits=3, calibration=FAST), True),
+    "ablation: to nearest": (ParoConfig(calibration=replace(FAST, rounding="nearest", objective="range")), True),
+    "ablation: feedback between rows, 16": (ParoConfig(calibration=replace(FAST, gradient_samples=16)), True),
     "ablation: own transform per linear": (ParoConfig(share_siblings=False, calibration=FAST), True),
     "ablation: rows count alike": (ParoConfig(calibration=replace(FAST, row_weights="equal")), True),
-    "ablation: steps of best": (ParoConfig(calibration=replace(FAST, steps=300, rows=1024)), True),
+    "ablation: group size 64": (ParoConfig(group_size=64, calibration=FAST), True),
     "ablation: distilled": (ParoConfig(calibration=replace(FAST, distill_epochs=3)), True),
     "ablation: blocks trained": (ParoConfig(calibration=BLOCKS), True),
-    "ablation: group size 64": (ParoConfig(group_size=64, calibration=FAST), True),
     "ablation: formats chosen, bits of 4": (ParoConfig(calibration=FAST), True),
-    "ablation: 3 bits": (ParoConfig(bits=3, calibration=FAST), True),
     "ablation: formats chosen, bits of 3": (ParoConfig(bits=3, calibration=FAST), True),
-    "ablation: rank 4": (ParoConfig(calibration=replace(FAST, compensation_rank=4)), True),
     "ablation: formats chosen, bits of rank 4": (ParoConfig(calibration=replace(FAST, compensation_rank=4)), True),
 }
 #: Rows that are the same whatever the seed.
@@ -114,6 +117,7 @@ def main() -> None:
         result = evaluate(model, windows, batch_size=options.batch_size, progress=True)
         _note(rows, "float", result, 8.0 * dtype.itemsize, (0.0, 0.0))
         _save(rows, options, target)
+    gathered = SharedStatistics()
     for name, (config, with_data) in ROWS.items():
         if not any(fnmatch(name, pattern) for pattern in options.rows):
             continue
@@ -129,8 +133,10 @@ def main() -> None:
             seeded = replace(config, calibration=given)
             quantized = load_model(options.model, dtype=dtype).model.to(options.device)
             start = time.perf_counter(), time.process_time()
-            report = parofx.quantize(quantized, seeded, calibration=calibration if with_data else None)
-            seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+            with gathered.shared() if options.share_statistics else contextlib.nullcontext():
+                report = parofx.quantize(quantized, seeded, calibration=calibration if with_data else None)
+            saved = gathered.saved
+            seconds = time.perf_counter() - start[0] + saved[0], time.process_time() - start[1] + saved[1]
             result = _evaluate(parofx.dequantize(quantized, dtype=dtype), model, windows, options)
             _note(rows, name, result, report.bits_per_weight, seconds, seed)
             _save(rows, options, target)
@@ -177,6 +183,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kl-windows", type=int, help="windows that are compared; all of them without it")
     parser.add_argument("--markdown", help="also write the table to this file, as Markdown")
     parser.add_argument("--resume", action="store_true", help="keep the runs that are in the results")
+    parser.add_argument(
+        "--share-statistics",
+        action="store_true",
+        help="gather statistics once for rows with the same; holds 16·K² bytes for each set of siblings",
+    )
     options = parser.parse_args()
     if bool(options.calibration) != bool(options.evaluation):
         parser.error("give --calibration and --evaluation together: the texts must not be the same")

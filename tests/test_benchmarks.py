@@ -1,15 +1,22 @@
-"""The parts of the benchmarks that can be wrong without anybody noticing: what peers compute."""
+"""The parts of the benchmarks that can be wrong without anybody noticing: what peers compute, what runs share."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import subprocess
+from pathlib import Path
 
+import graphs
 import pytest
 import torch
 
+import parofx
 from benchmarks import _ggml, _tiles
 from benchmarks._cpu_peers import PEERS, Codes, output_of
+from benchmarks._shared_statistics import SharedStatistics
+from parofx import CalibrationConfig, ParoConfig
+from parofx.calibration import data_run
 
 #: Relative errors: of blocks with 6-bit scales, and of blocks that have no zero point.
 _TOLERANCES = {"torch bf16": 5e-3, "aten int4pack": 5e-3, "ggml Q4_K": 3e-2, "ggml Q4_0": 8e-2}
@@ -63,3 +70,38 @@ def test_tiles_are_configured_anew() -> None:
         pytest.skip("the processor has no AMX")
     _tiles.restore(1)
     assert _tiles.current() == _tiles.CONFIGURATION
+
+
+def test_runs_that_share_statistics_find_what_they_find_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def codes(shared: SharedStatistics | None, **options: object) -> list[torch.Tensor]:
+        calibration = CalibrationConfig(
+            steps=3, samples=8, seqlen=16, batch_size=2, validation_samples=2, clip_ratios=(1.0,), **options
+        )
+        model = graphs.Stack(2).eval()
+        batches = [graphs.rows(2, 8, 64, seed=seed) for seed in range(4)]
+        with shared.shared() if shared else contextlib.nullcontext():
+            parofx.quantize(
+                model, ParoConfig(group_size=32, krot=2, calibration=calibration), calibration=batches, progress=False
+            )
+        return [module.qweight for module in model.modules() if isinstance(module, parofx.ParoLinear)]
+
+    runs = []
+    true_run = data_run.DataRun.run
+    monkeypatch.setattr(data_run.DataRun, "run", lambda self: runs.append(1) or true_run(self))
+    shared = SharedStatistics()
+    for options, gathered in (
+        ({"seed": 1}, True),
+        ({"seed": 2, "sweeps": 0}, False),
+        ({"seed": 2, "work_dir": str(tmp_path / "work")}, True),
+        ({"seed": 2, "autocast": False}, True),
+        ({"seed": 2, "row_weights": "equal"}, True),
+        ({"gradient_samples": 2}, True),
+        ({"distill_epochs": 1}, True),
+        ({"gradient_samples": 2, "sweeps": 0}, False),
+        ({"seed": 1}, True),
+    ):
+        before = len(runs)
+        found = codes(shared, **options)
+        assert len(runs) - before == gathered
+        assert (shared.saved == (0.0, 0.0)) == gathered
+        assert all(torch.equal(one, two) for one, two in zip(found, codes(None, **options), strict=True))
