@@ -14,12 +14,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 import parofx.quantization
 from parofx.calibration.fitting import FittedTransform
-from parofx.calibration.statistics import InputStatistics
 from parofx.calibration.store import fingerprint
 from parofx.passes.base import PassReport, Stage, set_stage
 from parofx.passes.calibrate import Calibrate
@@ -48,45 +46,41 @@ class SharedStatistics:
     def shared(self) -> Iterator[None]:
         """While it is on, `parofx.quantize` gathers statistics only where no earlier run did."""
         owner = self
+        noted: _Gathered | None = None
         self.saved = (0.0, 0.0)
 
         class Sharing(Calibrate):
             def run(self, gm: GraphModule) -> PassReport:
+                nonlocal noted
                 key = _key(self, find_transforms(gm))
                 if key is None:
                     return super().run(gm)
-                if key != owner._key:
-                    gathered = owner._gathered = _Gathered()
-                    owner._key = None  # until all is there
-                    object.__setattr__(self, "gathered", gathered)
-                    start = time.perf_counter(), time.process_time()
-                    report = super().run(gm)
-                    gathered.wall += time.perf_counter() - start[0]
-                    gathered.cpu += time.process_time() - start[1]
-                    owner._key = key
-                    return report
-                gathered = owner._gathered
+                if key == owner._key:
+                    return self._repeat(gm, owner._gathered)
+                owner._key = None  # until all is there
+                noted = owner._gathered = _Gathered()
+                start = time.perf_counter(), time.process_time()
+                report = super().run(gm)
+                noted.wall += time.perf_counter() - start[0]
+                noted.cpu += time.process_time() - start[1]
+                owner._key = key
+                return report
+
+            def _repeat(self, gm: GraphModule, gathered: _Gathered) -> PassReport:
                 with torch.no_grad():
                     for transform in find_transforms(gm):
-                        transform.apply(gm, super().fit(gm, transform, *gathered.arguments[transform.name]))
+                        transform.apply(gm, self.fit(gm, transform, *gathered.arguments[transform.name]))
                 set_stage(gm, Stage.CALIBRATED)
                 owner.saved = (gathered.wall, gathered.cpu)
                 return PassReport(self.name, changed=len(gathered.arguments))
 
-            def fit(
-                self,
-                gm: GraphModule,
-                transform: Transform,
-                statistics: InputStatistics | None,
-                held_out: InputStatistics | None = None,
-                outputs: Sequence[Tensor] = (),
-            ) -> FittedTransform:
-                gathered = getattr(self, "gathered", _Gathered())
-                gathered.arguments[transform.name] = (statistics, held_out, outputs)
+            def fit(self, gm: GraphModule, transform: Transform, *given: Any) -> FittedTransform:
                 start = time.perf_counter(), time.process_time()
-                fitted = super().fit(gm, transform, statistics, held_out, outputs)
-                gathered.wall -= time.perf_counter() - start[0]
-                gathered.cpu -= time.process_time() - start[1]
+                fitted = super().fit(gm, transform, *given)
+                if noted is not None:
+                    noted.arguments[transform.name] = given
+                    noted.wall -= time.perf_counter() - start[0]
+                    noted.cpu -= time.process_time() - start[1]
                 return fitted
 
         with mock.patch.object(parofx.quantization, "Calibrate", Sharing):
