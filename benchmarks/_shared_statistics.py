@@ -97,4 +97,5 @@ def _key(calibrate: Calibrate, transforms: Sequence[Transform]) -> Hashable | No
     data = fingerprint({"autocast": options.autocast, "full": options.rounding == "feedback"}, beginnings, batches)
     places = tuple((one.name, one.group_size, tuple(linear.name for linear in one.linears)) for one in transforms)
     gradients = (options.gradient_samples, options.seed) if options.joins_outputs else 0
-    return data, places, options.row_weights, options.validation_samples, gradients
+    held_out = options.validation_samples if options.chooses_damping else 0
+    return data, places, options.row_weights, held_out, gradients

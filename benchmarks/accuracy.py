@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import hashlib
 import json
 import statistics
+import tempfile
 import time
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -42,7 +44,7 @@ from benchmarks._texts import calibration_and_evaluation
 from benchmarks.perplexity import packaged_model
 from parofx import CalibrationConfig, ParoConfig
 from parofx.calibration.data import load_texts, pack_tokens
-from parofx.evaluation import EvalResult, evaluate
+from parofx.evaluation import EvalResult, collect_logits, evaluate
 from parofx.models import load_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -117,7 +119,7 @@ def main() -> None:
         result = evaluate(model, windows, batch_size=options.batch_size, progress=True)
         _note(rows, "float", result, 8.0 * dtype.itemsize, (0.0, 0.0))
         _save(rows, options, target)
-    gathered = SharedStatistics()
+    gathered, reference = SharedStatistics(), _Reference(model, windows, options)
     for name, (config, with_data) in ROWS.items():
         if not any(fnmatch(name, pattern) for pattern in options.rows):
             continue
@@ -131,13 +133,13 @@ def main() -> None:
                 config.calibration, seed=seed, samples=len(calibration), seqlen=max(2, calibration.shape[1])
             )
             seeded = replace(config, calibration=given)
-            quantized = load_model(options.model, dtype=dtype).model.to(options.device)
+            quantized = copy.deepcopy(model)
             start = time.perf_counter(), time.process_time()
             with gathered.shared() if options.share_statistics else contextlib.nullcontext():
                 report = parofx.quantize(quantized, seeded, calibration=calibration if with_data else None)
             saved = gathered.saved
             seconds = time.perf_counter() - start[0] + saved[0], time.process_time() - start[1] + saved[1]
-            result = _evaluate(parofx.dequantize(quantized, dtype=dtype), model, windows, options)
+            result = _evaluate(parofx.dequantize(quantized, dtype=dtype), reference, windows, options)
             _note(rows, name, result, report.bits_per_weight, seconds, seed)
             _save(rows, options, target)
             del quantized
@@ -151,7 +153,7 @@ def main() -> None:
         quantized = load_model(folder, dtype=dtype).model.to(options.device)
         if any(isinstance(module, parofx.ParoLinear) for module in quantized.modules()):
             quantized = parofx.dequantize(quantized, dtype=dtype)
-        result = _evaluate(quantized, model, windows, options)
+        result = _evaluate(quantized, reference, windows, options)
         name = f"{peer['name']} {peer['version']}"
         rows.pop(name, None)
         _note(rows, name, result, peer["bits_per_weight"], (peer["seconds"], peer["cpu_seconds"]))
@@ -236,12 +238,28 @@ def _with_budget(config: ParoConfig, model: Any) -> ParoConfig:
     return replace(config, calibration=replace(config.calibration, bits_budget=budget, compensation_rank=0))
 
 
-def _evaluate(model: Any, reference: Any, windows: torch.Tensor, options: argparse.Namespace) -> EvalResult:
+class _Reference:
+    """The float model's logits on the windows that are compared, computed once and mapped from a temporary file."""
+
+    def __init__(self, model: Any, windows: torch.Tensor, options: argparse.Namespace) -> None:
+        self._model, self._windows, self._batch_size = model, windows[: options.kl_windows], options.batch_size
+        self._folder = tempfile.TemporaryDirectory(prefix="parofx-logits-")
+        self._logits: torch.Tensor | None = None
+
+    def logits(self) -> torch.Tensor:
+        """Return log-probabilities, fp16 `(compared windows, seqlen, vocabulary)`."""
+        if self._logits is None:
+            path = Path(self._folder.name) / "logits"
+            self._logits = collect_logits(self._model, self._windows, path=path, batch_size=self._batch_size)
+        return self._logits
+
+
+def _evaluate(model: Any, reference: _Reference, windows: torch.Tensor, options: argparse.Namespace) -> EvalResult:
     """Measure perplexity on all windows and what the reference is for on the first of them, which takes longer."""
     how = {"batch_size": options.batch_size, "progress": True}
     if not options.kl or options.kl_windows is None:
-        return evaluate(model, windows, reference=reference if options.kl else None, **how)
-    compared = evaluate(model, windows[: options.kl_windows], reference=reference, **how)
+        return evaluate(model, windows, reference=reference.logits() if options.kl else None, **how)
+    compared = evaluate(model, windows[: options.kl_windows], reference=reference.logits(), **how)
     return replace(
         evaluate(model, windows, **how),
         kl_mean=compared.kl_mean,

@@ -37,7 +37,7 @@ def quant_max(bits: int) -> int:
 
 def quant_maxima(bits: int | Tensor) -> float | Tensor:
     """Return the largest code of one width, or of each of a tensor's, in fp32."""
-    return (2.0**bits - 1) if isinstance(bits, Tensor) else float(quant_max(bits))
+    return (2.0 ** bits.float() - 1) if isinstance(bits, Tensor) else float(quant_max(bits))
 
 
 def grouped(w: Tensor, group_size: int) -> Tensor:
@@ -60,10 +60,19 @@ def choose_qparams(w: Tensor, bits: int, group_size: int, *, shrink: float | Ten
         group_size: input channels per group.
         shrink: factor on both ends of the range, below 1 to clip outliers; broadcasts to `(N, K/g)`.
     """
+    low, high = ranges(w, group_size)
+    return qparams_of(low * shrink, high * shrink, bits)
+
+
+def ranges(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return the ends `lo ≤ 0` and `hi ≥ 0` of each group's range, fp32 `(N, K/g)`."""
     parts = grouped(w, group_size).float()
+    return parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
+
+
+def qparams_of(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the `(scales, zeros)` of ranges."""
     top = quant_max(bits)
-    low = parts.amin(-1).clamp(max=0) * shrink
-    high = parts.amax(-1).clamp(min=0) * shrink
     scales = ((high - low) / top).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
     zeros = (-torch.round(low / scales)).clamp(0, top)
     return scales, zeros

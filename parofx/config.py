@@ -70,7 +70,8 @@ class CalibrationConfig:
         clip_ratios: shrink factors of the min/max range tried per quantization group when rounding.
         rounding: `"nearest"`, or `"feedback"`: columns take over the errors of those before them.
         damping: candidates of what is added to the inputs' second moments before error feedback, relative to their
-            mean; of several the one with the smallest error on held-out sequences is taken.
+            mean; of several, as `(0.03, 0.1, 0.3)`, the one with the smallest error on held-out sequences is taken,
+            which may pay where there are few sequences.
         sweeps: rounds of coordinate descent and of refitted scales behind error feedback.
         gradient_samples: sequences on which the model's gradients tell how errors in a linear's outputs join, so that
             error feedback runs between rows as well; 0 rounds every row for itself. Where blocks are trained, with
@@ -111,7 +112,7 @@ class CalibrationConfig:
     row_weights: RowWeights = _BY_RECIPE
     clip_ratios: tuple[float, ...] = _BY_RECIPE
     rounding: RoundingMethod = _BY_RECIPE
-    damping: tuple[float, ...] = (0.03, 0.1, 0.3)
+    damping: tuple[float, ...] = (0.1,)
     sweeps: int = 4
     gradient_samples: int = 0
     transform_epochs: int = _BY_RECIPE
@@ -183,6 +184,11 @@ class CalibrationConfig:
     def trains_blocks(self) -> bool:
         """Whether blocks are trained, besides fitting each transform for itself."""
         return self.transform_epochs > 0 or self.weight_epochs > 0 or self.tune_epochs > 0
+
+    @property
+    def chooses_damping(self) -> bool:
+        """Whether candidates of damping are compared on held-out sequences."""
+        return self.rounding == "feedback" and len(self.damping) > 1
 
     @property
     def joins_outputs(self) -> bool:

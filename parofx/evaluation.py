@@ -26,6 +26,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from parofx import kept_float
+from parofx.allocation import keeping_pages
 from parofx.checks import warn_of_long_windows
 from parofx.errors import DataError
 from parofx.nn import ParoLinear
@@ -98,7 +99,7 @@ def evaluate(
     warn_of_long_windows(tokens.shape[1], model)
     start = time.perf_counter()
     nll, kl, agreed, reference_nll = [], [], [], []
-    with _evaluation_mode(model, reference):
+    with _evaluation_mode(model, reference), keeping_pages():
         for rows in _slices(tokens, batch_size or _batch_size(model, tokens), progress):
             batch = tokens[rows]
             logits = _logits(model, batch)

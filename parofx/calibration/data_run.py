@@ -208,18 +208,19 @@ class DataRun:
             report = BlockReport(block, tuple(stages))
             self._gm.meta.setdefault("parofx_block_reports", {})[block] = report
 
-    def _record(self, name: str, rows: Tensor) -> None:
-        self._observe(self._statistics, name, rows)
-        if self._full and self._shares.places[self._piece] >= self._first_held_out:
-            self._observe(self._held_out, name, rows)
+    def _record(self, name: str, rows: Tensor, lengths: Tensor | None) -> None:
+        self._observe(self._statistics, name, rows, lengths)
+        if self._config.calibration.chooses_damping and self._shares.places[self._piece] >= self._first_held_out:
+            self._observe(self._held_out, name, rows, lengths)
 
-    def _observe(self, statistics: dict[str, InputStatistics], name: str, rows: Tensor) -> None:
+    def _observe(self, statistics: dict[str, InputStatistics], name: str, rows: Tensor, lengths: Tensor | None) -> None:
         transform = self._transforms[name]
         if name not in statistics:
             statistics[name] = InputStatistics(rows.shape[-1], transform.group_size, full=self._full)
         if name not in self._norms:
             self._norms[name] = output_norm(transform, self._config.calibration)
-        statistics[name].update(rows, relative_to=self._norms[name], where=f"the input of {name}")
+        norm = self._norms[name]
+        statistics[name].update(rows, relative_to=norm, lengths=lengths, where=f"the input of {name}")
 
     def _pop_held_out(self, name: str) -> InputStatistics:
         """Return the held-out statistics of a transform, empty ones where this process saw no held-out batch."""

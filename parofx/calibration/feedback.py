@@ -19,16 +19,17 @@ Tensors are kept channels first, `(K, N)`, because one column of the weight is w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from parofx import affine
 from parofx.affine import quant_maxima
+from parofx.calibration import column_blocks
+from parofx.calibration.column_blocks import ColumnBlock, Grid
 from parofx.errors import ConfigError, ShapeError
 
-#: Columns between two updates of all columns that are left; inside, each column is corrected as it comes.
-_BLOCK = 128
 #: Elements of the weight worked on at a time.
 _CHUNK_ELEMENTS = 1 << 25
 #: A refitted scale is kept within these factors of the one that the range gave.
@@ -52,17 +53,26 @@ class RoundedWeight:
 
 @dataclass(frozen=True)
 class ColumnFactor:
-    """How errors of columns are taken over by others: L of `H[order][:, order] = L D Lᵀ`, unit lower triangular."""
+    """How errors of columns are taken over by others: `H[order][:, order] = L D Lᵀ`, L unit lower triangular.
+
+    Attributes:
+        order: of the columns; the last ones are rounded first.
+        lower: L.
+        residual: D's diagonal, of each column where it stands in H: what the columns behind cannot make up for.
+    """
 
     order: Tensor
     lower: Tensor
+    residual: Tensor
 
     @classmethod
     def of(cls, gram: Tensor) -> ColumnFactor:
         """Factor damped moments `(K, K)`, the columns of largest power last."""
         order = gram.diagonal().argsort()
         factor = lower_factor(gram[order][:, order].double())
-        return cls(order, (factor / factor.diagonal()).to(gram.dtype))
+        sizes = factor.diagonal()
+        residual = torch.empty_like(gram[0]).index_copy_(0, order, sizes.square().to(gram.dtype))
+        return cls(order, (factor / sizes).to(gram.dtype), residual)
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -165,8 +175,8 @@ class _Problem:
         self.scales, self.zeros = start.scales.t().contiguous(), start.zeros.t().contiguous()
         self.group_size = group_size
         self.low, self.high = -self.zeros, quant_maxima(bits) - self.zeros
-        self._projected = gram @ self.target
         self.steps = start.codes.t().to(gram.dtype) - self.zeros.repeat_interleave(group_size, 0)
+        self._slope: Tensor | None = None
 
     def codes(self) -> Tensor:
         """Return the codes `(N, K)`, uint8."""
@@ -174,40 +184,27 @@ class _Problem:
 
     def feed_back(self, columns: ColumnFactor) -> None:
         """Round all columns, the last of their order first."""
-        factor = columns.lower
+        factor, channels = columns.lower, columns.order.cpu()
         self.steps = torch.empty_like(self.target)
         exact = self.target[columns.order]
         pending = exact.clone()
-        errors = torch.empty_like(pending[:_BLOCK])
-        channels = columns.order.tolist()
-        for end in range(len(channels), 0, -_BLOCK):
-            begin = max(end - _BLOCK, 0)
-            for column in range(end - 1, begin - 1, -1):
-                channel = channels[column]
-                group = channel // self.group_size
-                scale, steps = self.scales[group], self.steps[channel]
-                torch.div(pending[column], scale, out=steps)
-                steps.round_().clamp_(self.low[group], self.high[group])
-                error = torch.addcmul(exact[column], steps, scale, value=-1, out=errors[column - begin])
-                pending[begin:column].addr_(factor[column, begin:column], error)
+        errors = torch.empty_like(pending[: column_blocks.BLOCK])
+        for begin, end in reversed(_blocks(len(pending))):
+            coupling = factor[begin:end, begin:end].t().contiguous()
+            block = ColumnBlock(channels[begin:end], pending[begin:end], coupling)
+            column_blocks.feed_back(self.steps, errors[: end - begin], block, self._grid(), exact[begin:end])
             pending[:begin].addmm_(factor[begin:end, :begin].t(), errors[: end - begin])
 
     def sweep(self) -> None:
         """Move every weight to its best grid point, one after the other."""
-        gradient = self.gram @ self._error()
-        curvature = self.gram.diagonal().tolist()
-        moves = torch.empty_like(gradient[:_BLOCK])
-        for begin in range(0, len(gradient), _BLOCK):
-            end = min(begin + _BLOCK, len(gradient))
-            for channel in range(begin, end):
-                group = channel // self.group_size
-                scale, steps = self.scales[group], self.steps[channel]
-                best = torch.addcdiv(steps, gradient[channel], scale, value=1 / curvature[channel])
-                best.round_().clamp_(self.low[group], self.high[group])
-                move = torch.mul(best - steps, scale, out=moves[channel - begin])
-                steps.copy_(best)
-                gradient[begin:end].addr_(self.gram[begin:end, channel], move, alpha=-1)
-            gradient[end:].addmm_(self.gram[end:, begin:end], moves[: end - begin], alpha=-1)
+        slope = self._slope_of(self.steps) if self._slope is None else self._slope
+        self._slope = None
+        curvature, channels = self.gram.diagonal().cpu().contiguous(), torch.arange(len(slope))
+        moves = torch.empty_like(slope[: column_blocks.BLOCK])
+        for begin, end in _blocks(len(slope)):
+            block = ColumnBlock(channels[begin:end], slope[begin:end], -self.gram[begin:end, begin:end])
+            column_blocks.descend(self.steps, moves[: end - begin], block, self._grid(), curvature[begin:end])
+            slope[end:].addmm_(self.gram[end:, begin:end], moves[: end - begin], alpha=-1)
 
     def refit_scales(self) -> None:
         """Take the least-squares scales of each row's codes, rounded to fp16, where that lowers its error.
@@ -219,9 +216,10 @@ class _Problem:
         grouped = self.steps.view(shape)
         curvature = self.steps.new_empty(count, groups, groups)
         for group in range(groups):
-            channels = slice(group * self.group_size, (group + 1) * self.group_size)
-            spread = (self.gram[:, channels] @ self.steps[channels]).view(shape)
-            curvature[:, :, group] = (spread * grouped).sum(1).t()
+            first, end = group * self.group_size, (group + 1) * self.group_size
+            spread = (self.gram[:end, first:end] @ self.steps[first:end]).view(group + 1, self.group_size, count)
+            shared = spread.mul_(grouped[: group + 1]).sum(1).t()
+            curvature[:, : group + 1, group] = curvature[:, group, : group + 1] = shared
         present = self.scales.t()
         slope = (self._projected.view(shape) * grouped).sum(1).t() - torch.einsum("nab,nb->na", curvature, present)
         ridge = _SCALE_RIDGE * curvature.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
@@ -235,12 +233,31 @@ class _Problem:
 
     def keep_better(self, steps: Tensor) -> None:
         """Return to other steps in the rows where those have no larger error."""
-        here, self.steps, steps = self._row_errors(), steps, self.steps
-        self.steps = torch.where(here < self._row_errors(), steps, self.steps)
+        slope, other = self._slope_of(self.steps), self._slope_of(steps)
+        better = self._row_errors(self.steps, slope) < self._row_errors(steps, other)
+        self.steps = torch.where(better, self.steps, steps)
+        self._slope = torch.where(better, slope, other)
 
-    def _error(self) -> Tensor:
-        return self.target - self.steps * self.scales.repeat_interleave(self.group_size, 0)
+    @cached_property
+    def _projected(self) -> Tensor:
+        return self.gram @ self.target
 
-    def _row_errors(self) -> Tensor:
-        error = self._error()
-        return ((self.gram @ error) * error).sum(0)
+    def _grid(self) -> Grid:
+        return Grid(self.scales, self.low, self.high, self.group_size)
+
+    def _error(self, steps: Tensor) -> Tensor:
+        shape = (len(self.scales), self.group_size, -1)
+        error = torch.addcmul(self.target.view(shape), steps.view(shape), self.scales[:, None], value=-1)
+        return error.view(steps.shape)
+
+    def _slope_of(self, steps: Tensor) -> Tensor:
+        """Return `H eᵀ (K, N)`, half the slope of `e H eᵀ`, of the errors that steps leave."""
+        return self.gram @ self._error(steps)
+
+    def _row_errors(self, steps: Tensor, slope: Tensor) -> Tensor:
+        return (slope * self._error(steps)).sum(0)
+
+
+def _blocks(columns: int) -> list[tuple[int, int]]:
+    size = column_blocks.BLOCK
+    return [(begin, min(begin + size, columns)) for begin in range(0, columns, size)]

@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 
 from parofx import affine, rotation
 from parofx.calibration.activation_energy import FeedbackEnergy
-from parofx.calibration.feedback import RoundedWeight, damped, output_error, round_with_feedback
+from parofx.calibration.feedback import ColumnFactor, RoundedWeight, damped, output_error, round_with_feedback
 from parofx.calibration.output_feedback import round_with_output_feedback
 from parofx.calibration.range_objective import fit_transform
 from parofx.calibration.rounding import choose_clipped_qparams, relative_error, rotated_block_gram, rotated_gram
-from parofx.calibration.statistics import InputStatistics, diagonal_blocks
+from parofx.calibration.statistics import InputStatistics
 from parofx.config import CalibrationConfig
 from parofx.precision import product_precision
 
@@ -191,16 +191,19 @@ def _round_rotated(
         errors = _nearest_errors(rotated, grids, gram, transform.group_size, bits)
         return FittedTransform(*parts, grids, errors, *losses)
     gram = transform.gram(statistics)
-    grids = _choose_grids(rotated, diagonal_blocks(gram, transform.group_size), transform.group_size, bits, config)
+    damping = _middle(config.damping)
+    columns = ColumnFactor.of(damped(gram, damping))
+    grids = _choose_grids(rotated, columns.residual.view(-1, transform.group_size), transform.group_size, bits, config)
     weight, sizes = torch.cat(list(rotated)), [len(one) for one in rotated]
     widths = torch.tensor(bits, device=weight.device).repeat_interleave(torch.tensor(sizes, device=weight.device))
     scales, zeros = (torch.cat(one) for one in zip(*grids, strict=True))
-    damping = _middle(config.damping)
-    if held_out is not None and 0 < held_out.count < statistics.count and len(config.damping) > 1:
+    if config.chooses_damping and held_out is not None and 0 < held_out.count < statistics.count:
         share = held_out.count / statistics.count
         held = transform.gram(held_out)
         rest = (gram - share * held) / (1 - share)
-        damping = choose_damping(weight, scales, zeros, rest, held, bits=widths, config=config)
+        chosen = choose_damping(weight, scales, zeros, rest, held, bits=widths, config=config)
+        if chosen != damping:
+            damping, columns = chosen, ColumnFactor.of(damped(gram, chosen))
     feedback = partial(round_with_output_feedback, outputs=outputs) if outputs else round_with_feedback
     rounded = feedback(
         weight,
@@ -210,6 +213,7 @@ def _round_rotated(
         bits=widths,
         group_size=transform.group_size,
         sweeps=config.sweeps,
+        columns=columns,
     )
     parts_of = (torch.split(part, sizes) for part in (rounded.codes, rounded.scales, rounded.zeros))
     codes, scales_of, zeros_of = parts_of
@@ -230,15 +234,13 @@ def _round_rotated(
 
 def _choose_grids(
     rotated: Sequence[Tensor],
-    block_gram: Tensor | None,
+    moments: Tensor | None,
     group_size: int,
     bits: Sequence[int],
     config: CalibrationConfig,
 ) -> tuple[tuple[Tensor, Tensor], ...]:
     return tuple(
-        choose_clipped_qparams(
-            one, bits=width, group_size=group_size, clip_ratios=config.clip_ratios, block_gram=block_gram
-        )
+        choose_clipped_qparams(one, bits=width, group_size=group_size, clip_ratios=config.clip_ratios, moments=moments)
         for one, width in zip(rotated, bits, strict=True)
     )
 

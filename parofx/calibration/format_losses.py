@@ -141,7 +141,7 @@ def _white(in_features: int, group_size: int) -> InputStatistics:
 def _row_errors(rotated: Tensor, gram: Tensor, group_size: int, bits: int, config: CalibrationConfig) -> Tensor:
     """Return `ΔW_n M ΔW_nᵀ` of each row, fp64 `(N,)`."""
     grid = choose_clipped_qparams(
-        rotated, bits=bits, group_size=group_size, clip_ratios=config.clip_ratios[::_CLIP_STRIDE], block_gram=gram
+        rotated, bits=bits, group_size=group_size, clip_ratios=config.clip_ratios[::_CLIP_STRIDE], moments=gram
     )
     error = affine.grouped(affine.fake_quantize(rotated, *grid, bits, group_size) - rotated, group_size)
     return (torch.einsum("ngi,gij->ngj", error, gram) * error).sum((1, 2), dtype=torch.float64)

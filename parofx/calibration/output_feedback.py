@@ -40,6 +40,7 @@ def round_with_output_feedback(
     bits: int | Tensor,
     group_size: int,
     sweeps: int,
+    columns: ColumnFactor | None = None,
 ) -> RoundedWeight:
     """Round a weight so that the model's distribution, rather than the weight's outputs, stays close.
 
@@ -54,6 +55,7 @@ def round_with_output_feedback(
         bits: width of a code, of all rows or of each, `(N,)`.
         group_size: channels per group, g.
         sweeps: as for `round_with_feedback`.
+        columns: of `gram`.
 
     Raises:
         ShapeError: if the tensors do not fit together.
@@ -66,7 +68,7 @@ def round_with_output_feedback(
     nearest = affine.quantize(weight, scales, zeros, widths, group_size)
     result = RoundedWeight(nearest.clone(), scales.clone(), zeros)
     errors = torch.zeros_like(weight)
-    columns = ColumnFactor.of(gram)
+    columns = columns or ColumnFactor.of(gram)
     chains, first = [], 0
     for moments in outputs:
         chains.append(_Chain.of(moments.to(gram), first))

@@ -38,6 +38,8 @@ LARGEST_LOG2_ALPHA = 13.0
 #: steps are stored in fp16, and single rows have smaller and larger ones.
 STEP_RANGE = (2.0**-11, 2.0**9)
 
+#: Steps for which a gradient of the energy serves: it changes slowly, and takes as long as all else of a step.
+_ENERGY_STEPS = 2
 #: Elements of a rotated weight held at a time when the loss of all rows is computed.
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -137,9 +139,15 @@ class RangeObjective:
         # As large as the sampled rows, and kept between steps: fresh pages would cost more than the arithmetic.
         self._buffers = (weight.new_empty(0), weight.new_empty(0))
         self._energy = energy
+        self._of_energy: tuple[Tensor | None, Tensor] = (None, weight.new_zeros(()))
 
-    def gradients(self, theta: Tensor, log_alpha: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the gradients of `Σ_g log L_g` on some output channels: `(krot, K/2)` for θ and `(K,)` for log α."""
+    def gradients(
+        self, theta: Tensor, log_alpha: Tensor, rows: slice, *, lagging: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of `Σ_g log L_g` on some output channels: `(krot, K/2)` for θ and `(K,)` for log α.
+
+        `lagging` takes those of `log T_g` from the last call.
+        """
         alpha = log_alpha.exp().view(-1, 1, self.group_size)
         matrices = self.rounds.forward(theta)
         scaled = matrices * alpha  # [groups, out, in]
@@ -154,7 +162,9 @@ class RangeObjective:
         # d log S_g / d rotated is non-zero at the extremes of each row only.
         at_extremes = torch.eq(rotated, high, out=self._buffers[1]).sub_(rotated.eq_(low)).mul_(slope)
         grad_scaled = torch.bmm(at_extremes, columns.transpose(1, 2))
-        from_energy, of_energy = self._energy.gradients(matrices, alpha)
+        if not lagging:
+            self._of_energy = self._energy.gradients(matrices, alpha)
+        from_energy, of_energy = self._of_energy
         grad_log_alpha = (grad_scaled * scaled).sum(1) + of_energy
         grad = grad_scaled * alpha
         if from_energy is not None:
@@ -211,7 +221,8 @@ def _minimise(
         cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
         optimizer.param_groups[0]["lr"] = config.learning_rate * (0.05 + 0.95 * cosine)
         rows = slice(step % slices * size, (step % slices + 1) * size)
-        theta.grad, log_alpha.grad = objective.gradients(theta, log_alpha, rows)
+        lagging = step % _ENERGY_STEPS > 0
+        theta.grad, log_alpha.grad = objective.gradients(theta, log_alpha, rows, lagging=lagging)
         optimizer.step()
     return theta, log_alpha
 

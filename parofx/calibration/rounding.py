@@ -1,7 +1,9 @@
 """Rounding to nearest: the clipped range of every quantization group, chosen by its expected output error.
 
 For an error Δ of one row's group and the second moments `H_g` of that group's inputs the expected squared output
-error is `Δ H_g Δᵀ` (correlations between groups are left out); without statistics it is taken as `Δ Δᵀ`.
+error is `Δ H_g Δᵀ` (correlations between groups are left out); without statistics it is taken as `Δ Δᵀ`. Where error
+feedback follows, the columns behind a column make up for what they know of it: `Σ_k d_k Δ_k²` is left, with
+`H = L diag(d) Lᵀ`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parofx.affine import choose_qparams, fake_quantize, grouped
+from parofx.affine import choose_qparams, fake_quantize, grouped, qparams_of, ranges
 from parofx.errors import ConfigError, ShapeError
 from parofx.rotation import dense_form
 
@@ -57,7 +59,7 @@ def rotated_gram(gram: Tensor, pairs: Tensor, theta: Tensor, channel_scales: Ten
 
 
 def choose_clipped_qparams(
-    w_rot: Tensor, *, bits: int, group_size: int, clip_ratios: Sequence[float], block_gram: Tensor | None
+    w_rot: Tensor, *, bits: int, group_size: int, clip_ratios: Sequence[float], moments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the `(scales, zeros)` of `affine.choose_qparams` for the best shrink factor of each row's group.
 
@@ -66,7 +68,8 @@ def choose_clipped_qparams(
         bits: width of a weight.
         group_size: channels per group, g.
         clip_ratios: shrink factors of the min/max range to try; of equal errors the first wins.
-        block_gram: second moments of the rotated inputs, `(K/g, g, g)`; None for plain squares.
+        moments: of the rotated inputs, `(K/g, g, g)`, or what weighs the squares of errors, `(K/g, g)`; None weighs
+            them alike.
 
     Returns:
         Scales (rounded to fp16) and integer zeros, both fp32 `(N, K/g)`.
@@ -78,14 +81,19 @@ def choose_clipped_qparams(
     if not clip_ratios:
         raise ConfigError("clip_ratios must hold at least one ratio, got none; pass (1.0,) to leave ranges alone")
     scales, zeros = choose_qparams(w_rot, bits, group_size, shrink=clip_ratios[0])
-    _check_block_gram(block_gram, w_rot.shape[1], group_size)
+    if moments is None or moments.dim() != 2:
+        _check_block_gram(moments, w_rot.shape[1], group_size)
+    elif tuple(moments.shape) != (w_rot.shape[1] // group_size, group_size):
+        expected = (w_rot.shape[1] // group_size, group_size)
+        raise ShapeError(f"weights of squares must be {expected}, got {tuple(moments.shape)}")
     for chunk in _row_chunks(w_rot):
         rows, best_scales, best_zeros = w_rot[chunk].float(), scales[chunk], zeros[chunk]
         best_error = torch.full_like(best_scales, torch.inf)
+        low, high = ranges(rows, group_size)
         for ratio in clip_ratios:
-            candidate = choose_qparams(rows, bits, group_size, shrink=ratio)
-            delta = grouped(fake_quantize(rows, *candidate, bits, group_size) - rows, group_size)
-            error = _squared_error(delta, block_gram)
+            candidate = qparams_of(low * ratio, high * ratio, bits)
+            delta = grouped(fake_quantize(rows, *candidate, bits, group_size).sub_(rows), group_size)
+            error = _squared_error(delta, moments)
             better = error < best_error
             for best, value in ((best_error, error), (best_scales, candidate[0]), (best_zeros, candidate[1])):
                 torch.where(better, value, best, out=best)
@@ -121,11 +129,13 @@ def relative_error(w_rot: Tensor, w_hat: Tensor, block_gram: Tensor | None) -> f
     return error / energy if energy > 0 else 0.0
 
 
-def _squared_error(delta: Tensor, block_gram: Tensor | None) -> Tensor:
+def _squared_error(delta: Tensor, moments: Tensor | None) -> Tensor:
     """Return `Δ H_g Δᵀ (N, K/g)` for errors `(N, K/g, g)`."""
-    if block_gram is None:
+    if moments is None:
         return delta.square().sum(-1)
-    weighted = torch.bmm(delta.transpose(0, 1), block_gram.float()).transpose(0, 1)
+    if moments.dim() == 2:
+        return torch.einsum("ngk,gk->ng", delta.square(), moments.float())
+    weighted = torch.bmm(delta.transpose(0, 1), moments.float()).transpose(0, 1)
     return (weighted * delta).sum(-1)
 
 

@@ -34,12 +34,13 @@ class OutputNorm:
         squares = sum(float(weight.float().square().sum()) for weight in self._weights)
         self._by_chance = squares / self._weights[0].shape[1]
 
-    def divide(self, rows: Tensor) -> Tensor:
-        """Return fp32 `rows (n, K)` divided by these lengths.
+    def divide(self, rows: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return fp32 `rows (n, K)` divided by these lengths `(n,)`, which are computed unless they are known.
 
         Rows that the weights map to almost nothing are divided by what chance would make of them, times a small factor.
         """
-        squares = self._squares(rows).clamp(min=0.0) + _LEAST_OUTPUT * self._by_chance * rows.square().sum(-1)
+        squares = self._squares(rows).clamp(min=0.0) if lengths is None else lengths.square()
+        squares = squares + _LEAST_OUTPUT * self._by_chance * rows.square().sum(-1)
         return rows * torch.where(squares > 0, squares, torch.inf).rsqrt()[:, None]
 
     def _parts(self) -> Iterator[Tensor]:
@@ -128,7 +129,12 @@ class InputStatistics:
         return narrow
 
     def update(
-        self, rows: Tensor, *, relative_to: OutputNorm | None = None, where: str = "a transform's inputs"
+        self,
+        rows: Tensor,
+        *,
+        relative_to: OutputNorm | None = None,
+        lengths: Tensor | None = None,
+        where: str = "a transform's inputs",
     ) -> None:
         """Add a batch of rows.
 
@@ -136,6 +142,7 @@ class InputStatistics:
             rows: `(…, K)`, any floating dtype; no rows at all change nothing.
             relative_to: divides each row by the length of the outputs it becomes, so that errors count relative to what
                 they are errors of.
+            lengths: those of the outputs, fp32 `(n,)`, where they are known already.
             where: what is observed, for the message of an error.
 
         Raises:
@@ -149,7 +156,8 @@ class InputStatistics:
         rows = rows.detach().reshape(-1, self.in_features)
         if len(rows) == 0:
             return
-        peak = rows.abs().amax().item()
+        low, high = rows.aminmax()
+        peak = torch.maximum(high, -low).item()
         if not math.isfinite(peak):
             raise DataError(
                 f"{where}: rows must be finite, got {_count_not_finite(rows)}; run the float model on this batch in "
@@ -162,7 +170,7 @@ class InputStatistics:
             unit = _power_of_two(peak)
             scaled, power = rows.float() / unit, unit**2
             if relative_to is not None:
-                scaled, power = relative_to.divide(scaled), 1.0
+                scaled, power = relative_to.divide(scaled, None if lengths is None else lengths / unit), 1.0
             for where_to, products in self._products(scaled):
                 self._sums[where_to] += products.double().mul_(power)
 

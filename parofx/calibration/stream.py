@@ -7,6 +7,7 @@ elements for a decoder. Position embeddings and masks cross borders as ordinary 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,12 @@ from parofx.calibration.row_masks import RowMasks, select_rows
 from parofx.calibration.segment import SegmentInterpreter
 from parofx.errors import DataError
 from parofx.passes.blocks import split_at_blocks
-from parofx.passes.graph import FAKE_QUANTIZE, ROTATE, get_attribute
+from parofx.passes.graph import FAKE_QUANTIZE, LINEAR, ROTATE, get_attribute
 from parofx.passes.guards import why_not_served
 
-#: Called with the transform's name and the rows `(M, K)` that reach it.
-Recorder = Callable[[str, Tensor], None]
+#: Called with the transform's name, the rows `(M, K)` that reach it, and the lengths `(M,)` of what its linears make of
+#: them, fp32; None where these do not run in the same segment.
+Recorder = Callable[[str, Tensor, Tensor | None], None]
 #: The values alive at a border, by node name, of one batch.
 Border = dict[str, Any]
 
@@ -104,21 +106,43 @@ class BlockStream:
 
 
 class _Recorder(SegmentInterpreter):
-    """Runs a segment; rotations hand their input on, and report it if it is an activation."""
+    """Runs a segment; rotations hand their input on, and report it if it is an activation, once their linears ran."""
 
     def __init__(self, module: GraphModule, record: Recorder, masks: Mapping[str, Tensor]) -> None:
         super().__init__(module)
         self._record = record
         self._masks = masks
+        #: Lengths `(…, 1)` of the outputs so far, of all siblings together, by rotation.
+        self._lengths: dict[Node, list[Tensor]] = {}
 
     def run_node(self, n: Node) -> Any:
         if n.target is ROTATE or n.target is FAKE_QUANTIZE:
             value = self.env[n.args[0]]  # type: ignore[index]
-            name = n.meta.get("parofx_transform")
-            if name is not None:
-                self._record(name, select_rows(n, value, self._masks))
+            if n.meta.get("parofx_transform") is not None:
+                if n.users and all(user.target is LINEAR for user in n.users):
+                    self._lengths[n] = []
+                else:
+                    self._report(n, value, None)
             return value
-        return super().run_node(n)
+        output = super().run_node(n)
+        if n.target is LINEAR and n.args[0] in self._lengths:
+            self._add_output(n, output)
+        return output
+
+    def _add_output(self, linear: Node, output: Tensor) -> None:
+        rotation, bias = linear.args[0], linear.args[2] if len(linear.args) > 2 else None
+        assert isinstance(rotation, Node)
+        if isinstance(bias, Node):
+            output = output - self.env[bias]
+        lengths = self._lengths[rotation]
+        lengths.append(torch.linalg.vector_norm(output.float(), dim=-1, keepdim=True))
+        if len(lengths) == len(rotation.users):
+            self._report(rotation, self.env[rotation], functools.reduce(torch.hypot, self._lengths.pop(rotation)))
+
+    def _report(self, rotation: Node, value: Tensor, lengths: Tensor | None) -> None:
+        rows = select_rows(rotation, value, self._masks)
+        selected = None if lengths is None else select_rows(rotation, lengths, self._masks)[:, 0]
+        self._record(rotation.meta["parofx_transform"], rows, selected)
 
 
 def _take_no_gradients(split: GraphModule) -> None:

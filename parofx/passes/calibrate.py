@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from parofx.allocation import keeping_pages
 from parofx.calibration.compensation import fit_corrections
 from parofx.calibration.data_run import DataRun
 from parofx.calibration.fitting import FittedTransform, fit
@@ -56,7 +57,7 @@ class Calibrate:
         transforms = find_transforms(gm)
         check_weights(transforms)
         shown = self.progress and process_index() == 0
-        with torch.no_grad(), BlockProgress(transforms, enabled=shown) as progress:
+        with torch.no_grad(), keeping_pages(), BlockProgress(transforms, enabled=shown) as progress:
             if self.batches is None or self.config.calibration.recipe == "data-free":
                 for transform in transforms:
                     progress.enter(transform.block)

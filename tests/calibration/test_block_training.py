@@ -51,11 +51,11 @@ class Block:
         self.transforms = find_transforms(self.gm)
         segment = next(one for one in stream.segments if stream.transforms_of(one))
         for before in stream.segments[: stream.segments.index(segment)]:
-            list(stream.run(before, lambda name, rows: None))
+            list(stream.run(before, lambda name, rows, _: None))
         arguments = [stream.arguments(segment, border) for border in stream.borders]
         self.module = stream.module(segment)
         found = {one.name: InputStatistics(one.linears[0].weight.shape[1], G, full=True) for one in self.transforms}
-        outputs = list(stream.run(segment, lambda name, rows: found[name].update(rows)))
+        outputs = list(stream.run(segment, lambda name, rows, _: found[name].update(rows)))
         self.statistics = {name: (one, None) for name, one in found.items()}
         targets = [counting_outputs(self.module, one, {}) for one in outputs]
         self.data = BlockData(arguments, targets, stream.masks, held_out, shares_of(gm, batches, cut=True))

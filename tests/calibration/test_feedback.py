@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parofx import affine
-from parofx.calibration import feedback
+from parofx.calibration import column_blocks, feedback
 from parofx.calibration.feedback import RoundedWeight, damped, output_error, round_with_feedback
 from parofx.errors import ConfigError, ShapeError
 
@@ -119,7 +119,7 @@ def test_chunks_and_blocks_change_nothing(monkeypatch, columns):
     weight, gram = normal(11, columns), damped(correlated_gram(columns), 0.1)
     whole, _, _ = rounded(weight, gram, sweeps=2)
     monkeypatch.setattr(feedback, "_CHUNK_ELEMENTS", 4 * columns)
-    monkeypatch.setattr(feedback, "_BLOCK", 5)
+    monkeypatch.setattr(column_blocks, "BLOCK", 5)
     pieces, _, _ = rounded(weight, gram, sweeps=2)
     assert torch.equal(pieces.codes, whole.codes)
     torch.testing.assert_close(pieces.scales, whole.scales)

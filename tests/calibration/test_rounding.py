@@ -35,7 +35,7 @@ def error_of(w: torch.Tensor, qparams: tuple[torch.Tensor, torch.Tensor], gram: 
 def test_each_group_gets_its_best_ratio(rows: int, groups: int, with_gram: bool, seed: int) -> None:
     w = normal(rows, groups * GROUP, seed=seed) ** 3
     gram = random_gram(groups, seed) if with_gram else None
-    chosen = choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=RATIOS, block_gram=gram)
+    chosen = choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=RATIOS, moments=gram)
     best = torch.stack([error_of(w, affine.choose_qparams(w, 4, GROUP, shrink=ratio), gram) for ratio in RATIOS]).amin(
         0
     )
@@ -46,7 +46,7 @@ def test_each_group_gets_its_best_ratio(rows: int, groups: int, with_gram: bool,
 
 def test_one_ratio_is_the_plain_range() -> None:
     w = normal(5, 2 * GROUP)
-    chosen = choose_clipped_qparams(w.bfloat16(), bits=4, group_size=GROUP, clip_ratios=(1.0,), block_gram=None)
+    chosen = choose_clipped_qparams(w.bfloat16(), bits=4, group_size=GROUP, clip_ratios=(1.0,), moments=None)
     for found, expected in zip(chosen, affine.choose_qparams(w.bfloat16(), 4, GROUP), strict=True):
         assert torch.equal(found, expected)
 
@@ -56,15 +56,15 @@ def test_an_outlier_in_a_silent_channel_is_clipped() -> None:
     w[:, 3] = 1.0
     gram = torch.eye(GROUP)
     gram[3, 3] = 1e-6
-    kept, _ = choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=RATIOS, block_gram=None)
-    clipped, _ = choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=RATIOS, block_gram=gram[None])
+    kept, _ = choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=RATIOS, moments=None)
+    clipped, _ = choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=RATIOS, moments=gram[None])
     assert clipped.mean() < 0.9 * kept.mean()
 
 
 def test_moments_beyond_fp32_leave_finite_parameters() -> None:
     w = normal(3, GROUP)
     scales, zeros = choose_clipped_qparams(
-        w, bits=4, group_size=GROUP, clip_ratios=RATIOS, block_gram=torch.full((1, GROUP, GROUP), 3e38)
+        w, bits=4, group_size=GROUP, clip_ratios=RATIOS, moments=torch.full((1, GROUP, GROUP), 3e38)
     )
     assert scales.isfinite().all()
     assert zeros.isfinite().all()
@@ -74,11 +74,11 @@ def test_moments_beyond_fp32_leave_finite_parameters() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, with_gram: bool) -> None:
     w = normal(11, 2 * GROUP)
     gram = random_gram(2) if with_gram else None
-    whole = choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=RATIOS, block_gram=gram)
+    whole = choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=RATIOS, moments=gram)
     error = relative_error(w, w * 1.1, gram)
     monkeypatch.setattr(rounding, "_CHUNK_ELEMENTS", 4 * w.shape[1])
     for found, expected in zip(
-        choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=RATIOS, block_gram=gram), whole, strict=True
+        choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=RATIOS, moments=gram), whole, strict=True
     ):
         torch.testing.assert_close(found, expected)
     assert relative_error(w, w * 1.1, gram) == pytest.approx(error)
@@ -137,11 +137,11 @@ def test_errors() -> None:
     w = normal(3, 2 * GROUP)
     wrong = torch.zeros(1, GROUP, GROUP)
     with pytest.raises(ConfigError, match="clip_ratios must hold at least one ratio"):
-        choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=(), block_gram=None)
+        choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=(), moments=None)
     with pytest.raises(ShapeError, match=r"weight must be \(N, K\) with K divisible by group_size 5"):
-        choose_clipped_qparams(w, bits=4, group_size=5, clip_ratios=(1.0,), block_gram=None)
+        choose_clipped_qparams(w, bits=4, group_size=5, clip_ratios=(1.0,), moments=None)
     with pytest.raises(ShapeError, match=r"block_gram must be \(2, 8, 8\) for 16 channels"):
-        choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=(1.0,), block_gram=wrong)
+        choose_clipped_qparams(w, bits=4, group_size=GROUP, clip_ratios=(1.0,), moments=wrong)
     with pytest.raises(ShapeError, match="block_gram must be"):
         rotated_block_gram(wrong, make_pairs(16, GROUP, 2, seed=0), torch.zeros(2, 8), torch.ones(16), GROUP)
     with pytest.raises(ShapeError, match=r"gram must be \(16, 16\) to fit the rotation, got \(8, 8\)"):

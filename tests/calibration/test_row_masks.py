@@ -25,7 +25,7 @@ def seen(model: nn.Module, inputs: dict[str, Any]) -> dict[str, list[int]]:
     stream = BlockStream(gm, [inputs])
     rows = defaultdict(list)
     for segment in stream.segments:
-        list(stream.run(segment, lambda name, value: rows[name].extend(int(row[0]) for row in value)))
+        list(stream.run(segment, lambda name, value, _: rows[name].extend(int(row[0]) for row in value)))
     return dict(rows)
 
 

@@ -39,7 +39,7 @@ def prepared(model: nn.Module, *args: object) -> torch.fx.GraphModule:
 def stream_all(stream: BlockStream) -> dict[str, list[Tensor]]:
     rows = defaultdict(list)
     for segment in stream.segments:
-        assert len(list(stream.run(segment, lambda name, value: rows[name].append(value)))) == len(stream.borders)
+        assert len(list(stream.run(segment, lambda name, value, _: rows[name].append(value)))) == len(stream.borders)
     return rows
 
 
@@ -66,7 +66,7 @@ def test_a_border_holds_no_more_than_what_is_read_behind_it():
     stream = BlockStream(prepared(Masked(), one), [one])
     sizes = []
     for segment in stream.segments:
-        list(stream.run(segment, lambda name, value: None))
+        list(stream.run(segment, lambda name, value, _: None))
         held = {value.data_ptr(): value for value in stream.borders[0].values() if isinstance(value, Tensor)}
         sizes.append(sum(value.numel() for value in held.values()))
     assert len(sizes) == 2
@@ -84,7 +84,7 @@ def test_what_is_only_an_output_is_dropped():
 
     stream = BlockStream(prepared(Open(), batch()), [{"arg0": batch()}])
     for segment in stream.segments:
-        list(stream.run(segment, lambda name, value: None))
+        list(stream.run(segment, lambda name, value, _: None))
     assert stream.borders == [{}]
 
 

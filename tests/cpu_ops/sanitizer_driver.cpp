@@ -10,6 +10,7 @@
 
 #include "linear.h"
 #include "numeric.h"
+#include "rounding_job.h"
 
 namespace {
 
@@ -106,6 +107,47 @@ std::vector<float> run(
   return result;
 }
 
+// How many changes a block of columns left unwritten, or beyond what its grid makes of its inputs.
+int round_block(int columns, int64_t rows, bool descent) {
+  const int64_t group_size = 32;
+  const int64_t groups = 5;
+  const auto random = [](size_t count, float scale) {
+    std::vector<float> values(count);
+    for (float& value : values) value = scale * (static_cast<float>(generator() % 2001) / 1000.0f - 1.0f);
+    return values;
+  };
+  std::vector<int64_t> channels(columns);
+  for (int column = 0; column < columns; ++column) channels[column] = groups * group_size - 1 - column;
+  const std::vector<float> base = random(columns * rows, 1.0f);
+  const std::vector<float> exact = random(columns * rows, 1.0f);
+  const std::vector<float> coupling = random(columns * columns, 0.1f);
+  const std::vector<float> curvature(columns, 1.5f);
+  const std::vector<float> scales(groups * rows, 0.1f);
+  const std::vector<float> low(groups * rows, -7.0f);
+  const std::vector<float> high(groups * rows, 8.0f);
+  std::vector<float> steps(groups * group_size * rows, 1.0f);
+  std::vector<float> changes(columns * rows, NAN);
+  parofx::RoundingJob job{};
+  job.columns = columns;
+  job.rows = rows;
+  job.group_size = group_size;
+  job.channels = channels.data();
+  job.base = base.data();
+  job.exact = descent ? nullptr : exact.data();
+  job.coupling = coupling.data();
+  job.curvature = descent ? curvature.data() : nullptr;
+  job.scales = scales.data();
+  job.low = low.data();
+  job.high = high.data();
+  job.steps = steps.data();
+  job.changes = changes.data();
+  parofx::run_rounding(job, 2);
+  int wrong = 0;
+  for (const float change : changes) wrong += !(std::fabs(change) <= 2.0f);
+  for (const float step : steps) wrong += !(step >= -7.0f && step <= 8.0f);
+  return wrong;
+}
+
 } // namespace
 
 // argv[1]: "scalar" writes the answers to argv[2]; anything else compares with that file.
@@ -136,6 +178,11 @@ int main(int, char** arguments) {
     }
   }
   std::fclose(file);
+  for (const int columns : {1, 31, 128}) {
+    for (const int64_t rows : {1, 63, 64, 65, 200}) {
+      failures += round_block(columns, rows, false) + round_block(columns, rows, true);
+    }
+  }
   std::printf("%s %d\n", parofx::active_kernels().isa, failures);
   return failures != 0;
 }

@@ -232,6 +232,10 @@ void multiply(const MultiplyJob& job) {
 
 void store(const StoreJob& job) { kAvx512Bf16Kernels.store(job); }
 
+void round(const RoundingJob& job, int64_t first_row, int row_count) {
+  kAvx512Bf16Kernels.round(job, first_row, row_count);
+}
+
 } // namespace
 
 bool enable_amx() {
@@ -240,6 +244,6 @@ bool enable_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-const Kernels kAmxKernels = {"amx", kAvx512Bf16Kernels.row_tile, choose_format, blocking, prepare, multiply, store};
+const Kernels kAmxKernels = {"amx", kAvx512Bf16Kernels.row_tile, choose_format, blocking, prepare, multiply, store, round};
 
 } // namespace parofx

@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C: sixteen registers of eight floats.
 #include "multiply_simd.h"
 #include "prepare_simd.h"
+#include "rounding.h"
 #include "simd256.h"
 
 namespace parofx {
@@ -99,6 +100,6 @@ void multiply(const MultiplyJob& job) {
 } // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2", Simd256::kLanes, choose_format, all_groups, prepare<Avx2>, multiply, store<Simd256>};
+    "avx2", Simd256::kLanes, choose_format, all_groups, prepare<Avx2>, multiply, store<Simd256>, round_columns};
 
 } // namespace parofx

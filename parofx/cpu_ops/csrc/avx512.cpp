@@ -1,5 +1,6 @@
 // AVX512 F, BW, VL and DQ, without the dot-product instructions.
 #include "avx512_shared.h"
+#include "rounding.h"
 
 namespace parofx {
 namespace {
@@ -44,6 +45,6 @@ void multiply(const MultiplyJob& job) {
 } // namespace
 
 const Kernels kAvx512Kernels = {
-    "avx512", Simd512::kLanes, choose_format, all_groups, prepare<Avx512>, multiply, store<Simd512>};
+    "avx512", Simd512::kLanes, choose_format, all_groups, prepare<Avx512>, multiply, store<Simd512>, round_columns};
 
 } // namespace parofx

@@ -1,4 +1,5 @@
-// What an instruction set provides: three functions on one piece of a linear, and which activation format it wants.
+// What an instruction set provides: three functions on one piece of a linear, which activation format it wants, and
+// one that rounds weights.
 // Every function is single-threaded, allocates nothing and throws nothing; linear.cpp splits the work.
 #pragma once
 
@@ -127,6 +128,30 @@ struct StoreJob {
   int64_t row_stride;
 };
 
+// Of one block of a weight's columns, one after the other: calibration's error feedback (GPTQ) and coordinate descent.
+// Weights are channels first, (K, N), and rows of the model's weight, N, lie side by side. What the columns d before a
+// column c changed moves it by Σ_d coupling[c][d] · change[d]; its steps (codes minus zeros) and change are
+//   feedback  clamp(round((base[c] + …) / scale)), exact[c] − steps · scale             the last column comes first
+//   descent   clamp(round(steps + (base[c] + …) / (scale · curvature[c]))), what it moved the weight by
+struct RoundingJob {
+  int columns; // of the block
+  int64_t rows; // N
+  int64_t group_size;
+  const int64_t* channels; // of the columns, among the K
+  const float* base; // (columns, N)
+  const float* exact; // (columns, N); feedback alone
+  const float* coupling; // (columns, columns)
+  const float* curvature; // (columns); null: feedback
+  const float* scales; // (K/g, N), as `low` and `high`, the ends of what steps may be
+  const float* low;
+  const float* high;
+  float* steps; // (K, N), in and out
+  float* changes; // out: (columns, N)
+};
+
+constexpr int kRoundingColumns = 128; // at most, in a block
+constexpr int kRoundingRows = 64; // of one call
+
 struct Kernels {
   const char* isa;
   int row_tile; // rows that one call of `prepare` handles best
@@ -136,6 +161,7 @@ struct Kernels {
   void (*prepare)(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end);
   void (*multiply)(const MultiplyJob& job);
   void (*store)(const StoreJob& job);
+  void (*round)(const RoundingJob& job, int64_t first_row, int row_count);
 };
 
 extern const Kernels kScalarKernels;

@@ -1,4 +1,4 @@
-// parofx_cpu::rotate_linear, rotate_int4_linear and isa on torch's stable ABI: checks, outputs, and one call.
+// parofx_cpu::rotate_linear, rotate_int4_linear, round_columns and isa on torch's stable ABI: checks, outputs, and one call.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "linear.h"
+#include "rounding_job.h"
 
 namespace {
 
@@ -233,6 +234,55 @@ std::vector<Tensor> rotate_int4_linear(
   return outputs;
 }
 
+const float* read_floats(const Tensor& tensor, int64_t rows, int64_t columns, const char* what) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.dim() == 2 &&
+          tensor.size(0) == rows && tensor.size(1) == columns,
+      kName, ": ", what, " must be a contiguous fp32 CPU tensor (", rows, ", ", columns, "), got ", tensor.numel(),
+      " elements of ", torch::headeronly::toString(tensor.scalar_type()), " in ", tensor.dim(), " dimensions");
+  return static_cast<const float*>(tensor.data_ptr());
+}
+
+void round_columns(
+    Tensor steps, Tensor changes, Tensor base, Tensor coupling, Tensor channels, Tensor scales, Tensor low, Tensor high,
+    int64_t group_size, std::optional<Tensor> exact, std::optional<Tensor> curvature) {
+  STD_TORCH_CHECK(
+      exact.has_value() != curvature.has_value(), kName, ": give exact for feedback, or curvature for descent, not both");
+  STD_TORCH_CHECK(
+      steps.dim() == 2 && group_size > 0 && steps.size(0) % group_size == 0, kName, ": steps must be (K, N) with K ",
+      "divisible by group_size ", group_size, ", got ", steps.numel(), " elements in ", steps.dim(), " dimensions");
+  const int64_t in_features = steps.size(0);
+  const int64_t rows = steps.size(1);
+  const int64_t groups = in_features / group_size;
+  const int64_t columns = channels.numel();
+  STD_TORCH_CHECK(
+      columns <= parofx::kRoundingColumns, kName, ": a block has at most ", parofx::kRoundingColumns,
+      " columns, got ", columns);
+  STD_TORCH_CHECK(
+      channels.is_cpu() && channels.scalar_type() == ScalarType::Long && channels.is_contiguous(), kName,
+      ": channels must be a contiguous int64 CPU tensor, got ", torch::headeronly::toString(channels.scalar_type()));
+  parofx::RoundingJob job{};
+  job.columns = static_cast<int>(columns);
+  job.rows = rows;
+  job.group_size = group_size;
+  job.channels = static_cast<const int64_t*>(channels.data_ptr());
+  for (int64_t column = 0; column < columns; ++column) {
+    const int64_t channel = job.channels[column];
+    STD_TORCH_CHECK(
+        channel >= 0 && channel < in_features, kName, ": channels must be below ", in_features, ", got ", channel);
+  }
+  job.base = read_floats(base, columns, rows, "base");
+  job.exact = exact ? read_floats(*exact, columns, rows, "exact") : nullptr;
+  job.coupling = read_floats(coupling, columns, columns, "coupling");
+  job.curvature = curvature ? read_floats(*curvature, 1, columns, "curvature") : nullptr;
+  job.scales = read_floats(scales, groups, rows, "scales");
+  job.low = read_floats(low, groups, rows, "low");
+  job.high = read_floats(high, groups, rows, "high");
+  job.steps = const_cast<float*>(read_floats(steps, in_features, rows, "steps"));
+  job.changes = const_cast<float*>(read_floats(changes, columns, rows, "changes"));
+  parofx::run_rounding(job, thread_count());
+}
+
 std::string isa() { return parofx::active_kernels().isa; }
 
 } // namespace
@@ -245,12 +295,16 @@ STABLE_TORCH_LIBRARY(parofx_cpu, library) {
       "rotate_int4_linear(Tensor x, Tensor[] rotations, Tensor[] weights, Tensor[] scales, Tensor[] zeros, "
       "Tensor?[] biases, int group_size, int activation_mode, int bits=4, "
       "Tensor[]? down=None, Tensor[]? up=None) -> Tensor[]");
+  library.def(
+      "round_columns(Tensor(a!) steps, Tensor(b!) changes, Tensor base, Tensor coupling, Tensor channels, Tensor scales, "
+      "Tensor low, Tensor high, int group_size, Tensor? exact=None, Tensor? curvature=None) -> ()");
   library.def("isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(parofx_cpu, CPU, library) {
   library.impl("rotate_linear", TORCH_BOX(&rotate_linear));
   library.impl("rotate_int4_linear", TORCH_BOX(&rotate_int4_linear));
+  library.impl("round_columns", TORCH_BOX(&round_columns));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(parofx_cpu, CompositeExplicitAutograd, library) { library.impl("isa", TORCH_BOX(&isa)); }

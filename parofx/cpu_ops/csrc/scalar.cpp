@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "numeric.h"
+#include "rounding.h"
 
 namespace parofx {
 namespace {
@@ -166,6 +167,6 @@ void store(const StoreJob& job) {
 
 } // namespace
 
-const Kernels kScalarKernels = {"scalar", 1, choose_format, all_groups, prepare, multiply, store};
+const Kernels kScalarKernels = {"scalar", 1, choose_format, all_groups, prepare, multiply, store, round_columns};
 
 } // namespace parofx
