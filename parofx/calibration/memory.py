@@ -13,7 +13,7 @@ from parofx.calibration.output_moments import WIDEST
 from parofx.calibration.sensitivity import SCORE_CHUNK
 from parofx.calibration.statistics import OUTPUT_CHUNK
 from parofx.calibration.traffic import SegmentTraffic
-from parofx.config import ParoConfig
+from parofx.config import CalibrationConfig, ParoConfig
 
 #: Copies in fp32 of the siblings' weights while they are fitted: joined, rotated, rounded, their errors and products.
 _FITTED_COPIES = 10
@@ -85,7 +85,7 @@ def memory_terms(
     terms = {
         "model": model_bytes,
         "borders": border * (1 + trains) * (1 + (calibration.work_dir is not None)),
-        "statistics": _statistics(segments, by_name, feedback, calibration.row_weights == "relative") * (1 + trains),
+        "statistics": _statistics(segments, by_name, feedback, calibration) * (1 + trains),
         "forward": max((one.forward for one in segments), default=0),
         "fit": max((_fit(shape, feedback) for shape in shapes), default=0),
         "results": 2 * packed_bytes
@@ -141,7 +141,10 @@ def disk_bytes(
 
 
 def _statistics(
-    segments: Sequence[SegmentTraffic], shapes: Mapping[str, TransformShape], full: bool, relative: bool
+    segments: Sequence[SegmentTraffic],
+    shapes: Mapping[str, TransformShape],
+    full: bool,
+    calibration: CalibrationConfig,
 ) -> int:
     """Return the bytes of all statistics that are open in one segment, with the rows that are being added."""
     uses: dict[str, list[int]] = {}
@@ -151,11 +154,15 @@ def _statistics(
     largest = 0
     for index, segment in enumerate(segments):
         alive = [shapes[name] for name, at in uses.items() if at[0] <= index <= at[-1]]
-        sums = sum((16 * one.in_features if full else 8 * one.group_size) * one.in_features for one in alive)
-        if relative:
-            # Products of the weights with themselves where they are smaller, else the weights in fp32.
-            sums += sum(4 * one.in_features * min(one.in_features, one.out_features) for one in alive)
-            sums += max((4 * one.in_features * min(one.out_features, OUTPUT_CHUNK) for one in alive), default=0)
+        sets = 1 + calibration.chooses_damping
+        sums = sum((8 * sets * one.in_features if full else 8 * one.group_size) * one.in_features for one in alive)
+        if calibration.row_weights == "relative":
+            # Outputs in fp32, for their lengths.
+            sums += max((4 * segment.rows * one.out_features for one in alive), default=0)
+            if calibration.trains_blocks:
+                # Products of the weights with themselves where they are smaller, else the weights in fp32.
+                sums += sum(4 * one.in_features * min(one.in_features, one.out_features) for one in alive)
+                sums += max((4 * one.in_features * min(one.out_features, OUTPUT_CHUNK) for one in alive), default=0)
         widest = max((one.in_features for one in alive), default=0)
         # Products of 256 columns at a time, in fp32 and in fp64, or those inside groups.
         products = 12 * 256 * widest
