@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parofx import cpu_ops
 from parofx.rotation import check_shapes
 
 
@@ -43,10 +44,14 @@ class DenseRounds:
         """
         cos, sin = theta.cos(), theta.sin()
         per_channel = torch.empty_like(self._partner, dtype=theta.dtype)
-        self._cos = per_channel.scatter(1, self._first, cos).scatter_(1, self._second, cos)[..., None]
-        self._sin = per_channel.scatter_(1, self._first, sin).scatter_(1, self._second, -sin)[..., None]
+        self._cos = per_channel.scatter(1, self._first, cos).scatter_(1, self._second, cos)
+        self._sin = per_channel.scatter_(1, self._first, sin).scatter_(1, self._second, -sin)
+        if _is_compiled(self._after):
+            torch.ops.parofx_cpu.dense_rounds(self._after, self._partner, self._cos, self._sin)
+            return self._after[-1].view(-1, self._group_size, self._group_size)
         values = self._identity
-        for after, partner, cos, sin in zip(self._after, self._partner, self._cos, self._sin, strict=True):
+        for r, after in enumerate(self._after):
+            partner, cos, sin = self._round(r)
             values = torch.mul(values, cos, out=after).addcmul_(values.index_select(0, partner), sin)
         return values.view(-1, self._group_size, self._group_size)
 
@@ -57,8 +62,22 @@ class DenseRounds:
         """
         grad = grad.reshape(self._identity.shape)
         crossed = torch.empty_like(self._partner, dtype=grad.dtype)
+        if _is_compiled(self._after):
+            given = self._partner, self._cos, self._sin
+            torch.ops.parofx_cpu.dense_rounds(self._after, *given, grad.contiguous(), crossed)
+            return crossed.gather(1, self._first) - crossed.gather(1, self._second)
         for r in reversed(range(len(self._after))):
-            partner, cos, sin = self._partner[r], self._cos[r], self._sin[r]
+            partner, cos, sin = self._round(r)
             torch.sum(self._after[r].index_select(0, partner).mul_(grad), 1, out=crossed[r])
             grad = (grad * cos).addcmul_(grad.index_select(0, partner), sin, value=-1)
         return crossed.gather(1, self._first) - crossed.gather(1, self._second)
+
+    def _round(self, r: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self._partner[r], self._cos[r][:, None], self._sin[r][:, None]
+
+
+def _is_compiled(after: Tensor) -> bool:
+    """Return whether the rounds `(krot, K, g)` run in compiled code."""
+    krot, _, group_size = after.shape
+    fits = krot > 0 and group_size % 16 == 0 and group_size <= 128
+    return fits and after.device.type == "cpu" and cpu_ops.why_unavailable() is None

@@ -49,7 +49,7 @@ _AVX2_FLAGS = (*_VECTOR_FLAGS, "-mavx2", "-mfma", "-mf16c")
 _AVX512_FLAGS = (
     *_AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"
 )  # fmt: skip
-_PORTABLE_SOURCES = (Source("op"), Source("linear"), Source("rounding"), Source("dispatch"), Source("scalar"))
+_PORTABLE_SOURCES = (Source("op"), Source("linear"), Source("calibration"), Source("dispatch"), Source("scalar"))
 _X86_SOURCES = (
     Source("avx512_bf16", (*_AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16")),
     Source("amx", (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")),

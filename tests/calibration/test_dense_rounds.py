@@ -3,6 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parofx import cpu_ops
+from parofx.calibration import dense_rounds
 from parofx.calibration.dense_rounds import DenseRounds
 from parofx.errors import ShapeError
 from parofx.pairing import make_pairs
@@ -13,15 +15,23 @@ TOLERANCE = 1e-5
 
 
 @given(
-    group_size=st.sampled_from([2, 6, 16]),
+    group_size=st.sampled_from([2, 6, 16, 48]),
     groups=st.integers(1, 3),
     krot=st.integers(0, 8),
     method=st.sampled_from(["matching", "greedy"]),
     seed=st.integers(0, 99),
+    in_cpp=st.booleans(),
 )
 def test_matrices_and_gradient_are_those_of_dense_form(
-    group_size: int, groups: int, krot: int, method: str, seed: int
+    group_size: int, groups: int, krot: int, method: str, seed: int, in_cpp: bool
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if not in_cpp:
+            patch.setattr(dense_rounds, "_is_compiled", lambda _: False)
+        check_matrices_and_gradient(group_size, groups, krot, method, seed)
+
+
+def check_matrices_and_gradient(group_size: int, groups: int, krot: int, method: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     pairs = make_pairs(groups * group_size, group_size, krot, method=method, seed=seed)
     rounds = DenseRounds(pairs, group_size)
@@ -37,3 +47,26 @@ def test_matrices_and_gradient_are_those_of_dense_form(
 def test_group_size_that_does_not_divide() -> None:
     with pytest.raises(ShapeError, match="group_size must divide in_features"):
         DenseRounds(torch.zeros(1, 10, dtype=torch.int16), 4)
+
+
+@pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="no compiled kernels here")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"partners": torch.full((2, 32), 16)}, "partners must be channels of the same group"),
+        ({"partners": torch.zeros(2, 32, dtype=torch.int32)}, "partners must be a contiguous int64"),
+        ({"cosines": torch.ones(2, 31)}, r"cosines must be a contiguous fp32 CPU tensor \(2, 32\)"),
+        ({"after": torch.zeros(2, 32, 8)}, "groups must be of a multiple of 16"),
+        ({"grad": torch.zeros(32, 16)}, "give both grad and crossed, or none"),
+        ({"grad": torch.zeros(32, 16), "crossed": torch.zeros(1, 32)}, "crossed must be a contiguous"),
+    ],
+)
+def test_wrong_arguments_of_the_operator_are_refused(wrong: dict[str, torch.Tensor], message: str) -> None:
+    given = {
+        "after": torch.zeros(2, 32, 16),
+        "partners": torch.arange(32).repeat(2, 1),
+        "cosines": torch.ones(2, 32),
+        "sines": torch.zeros(2, 32),
+    }
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.parofx_cpu.dense_rounds(**(given | wrong))

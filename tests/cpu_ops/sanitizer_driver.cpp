@@ -8,9 +8,9 @@
 #include <random>
 #include <vector>
 
+#include "calibration.h"
 #include "linear.h"
 #include "numeric.h"
-#include "rounding_job.h"
 
 namespace {
 
@@ -148,6 +148,39 @@ int round_block(int columns, int64_t rows, bool descent) {
   return wrong;
 }
 
+// How many entries of dense rounds and of their gradient were left unwritten; rotations keep the length of the rows.
+int multiply_rounds(int group_size, int rounds) {
+  const int64_t in_features = 3 * group_size;
+  std::vector<int64_t> partners(rounds * in_features);
+  for (int64_t i = 0; i < rounds * in_features; ++i) partners[i] = i % in_features ^ 1;
+  const std::vector<float> cosines(rounds * in_features, 0.6f);
+  std::vector<float> sines(rounds * in_features);
+  for (int64_t i = 0; i < rounds * in_features; ++i) sines[i] = i % 2 ? -0.8f : 0.8f;
+  std::vector<float> after(rounds * in_features * group_size, NAN);
+  const std::vector<float> grad(in_features * group_size, 1.0f);
+  std::vector<float> crossed(rounds * in_features, NAN);
+  parofx::RoundsJob job{};
+  job.rounds = rounds;
+  job.group_size = group_size;
+  job.in_features = in_features;
+  job.partners = partners.data();
+  job.cosines = cosines.data();
+  job.sines = sines.data();
+  job.after = after.data();
+  parofx::run_rounds(job, 2);
+  job.grad = grad.data();
+  job.crossed = crossed.data();
+  parofx::run_rounds(job, 2);
+  int wrong = 0;
+  for (size_t row = 0; row < after.size(); row += group_size) {
+    float squares = 0.0f;
+    for (int k = 0; k < group_size; ++k) squares += after[row + k] * after[row + k];
+    wrong += !(std::fabs(squares - 1.0f) < 1e-4f);
+  }
+  for (const float one : crossed) wrong += !std::isfinite(one);
+  return wrong;
+}
+
 } // namespace
 
 // argv[1]: "scalar" writes the answers to argv[2]; anything else compares with that file.
@@ -178,6 +211,9 @@ int main(int, char** arguments) {
     }
   }
   std::fclose(file);
+  for (const int group_size : {16, 32, 128}) {
+    for (const int rounds : {1, 2, 8}) failures += multiply_rounds(group_size, rounds);
+  }
   for (const int columns : {1, 31, 128}) {
     for (const int64_t rows : {1, 63, 64, 65, 200}) {
       failures += round_block(columns, rows, false) + round_block(columns, rows, true);

@@ -236,6 +236,8 @@ void round(const RoundingJob& job, int64_t first_row, int row_count) {
   kAvx512Bf16Kernels.round(job, first_row, row_count);
 }
 
+void rounds(const RoundsJob& job, int64_t group) { kAvx512Bf16Kernels.rounds(job, group); }
+
 } // namespace
 
 bool enable_amx() {
@@ -244,6 +246,6 @@ bool enable_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-const Kernels kAmxKernels = {"amx", kAvx512Bf16Kernels.row_tile, choose_format, blocking, prepare, multiply, store, round};
+const Kernels kAmxKernels = {"amx", kAvx512Bf16Kernels.row_tile, choose_format, blocking, prepare, multiply, store, round, rounds};
 
 } // namespace parofx

@@ -1,4 +1,5 @@
 // AVX2 with FMA and F16C: sixteen registers of eight floats.
+#include "dense_rounds.h"
 #include "multiply_simd.h"
 #include "prepare_simd.h"
 #include "rounding.h"
@@ -100,6 +101,6 @@ void multiply(const MultiplyJob& job) {
 } // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2", Simd256::kLanes, choose_format, all_groups, prepare<Avx2>, multiply, store<Simd256>, round_columns};
+    "avx2", Simd256::kLanes, choose_format, all_groups, prepare<Avx2>, multiply, store<Simd256>, round_columns, run_rounds};
 
 } // namespace parofx

@@ -1,5 +1,6 @@
 // AVX512 F, BW, VL and DQ, without the dot-product instructions.
 #include "avx512_shared.h"
+#include "dense_rounds.h"
 #include "rounding.h"
 
 namespace parofx {
@@ -45,6 +46,6 @@ void multiply(const MultiplyJob& job) {
 } // namespace
 
 const Kernels kAvx512Kernels = {
-    "avx512", Simd512::kLanes, choose_format, all_groups, prepare<Avx512>, multiply, store<Simd512>, round_columns};
+    "avx512", Simd512::kLanes, choose_format, all_groups, prepare<Avx512>, multiply, store<Simd512>, round_columns, run_rounds};
 
 } // namespace parofx

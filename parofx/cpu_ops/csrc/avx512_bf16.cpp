@@ -1,5 +1,6 @@
 // AVX512 with VNNI (int8 products) and BF16 (bf16 products).
 #include "avx512_shared.h"
+#include "dense_rounds.h"
 #include "prepare_bf16.h"
 #include "rounding.h"
 
@@ -109,6 +110,6 @@ void multiply(const MultiplyJob& job) {
 } // namespace
 
 const Kernels kAvx512Bf16Kernels = {
-    "avx512_bf16", kRowsAtOnce, choose_format, all_groups, prepare_rows, multiply, store<Simd512>, round_columns};
+    "avx512_bf16", kRowsAtOnce, choose_format, all_groups, prepare_rows, multiply, store<Simd512>, round_columns, run_rounds};
 
 } // namespace parofx

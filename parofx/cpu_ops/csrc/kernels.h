@@ -1,5 +1,5 @@
 // What an instruction set provides: three functions on one piece of a linear, which activation format it wants, and
-// one that rounds weights.
+// what calibration does most.
 // Every function is single-threaded, allocates nothing and throws nothing; linear.cpp splits the work.
 #pragma once
 
@@ -152,6 +152,21 @@ struct RoundingJob {
 constexpr int kRoundingColumns = 128; // at most, in a block
 constexpr int kRoundingRows = 64; // of one call
 
+// The rounds of a rotation applied to the identity of every group, or the gradient for that. With a channel's partner p
+//   forward   after[r][c] = cosines[r][c] · after[r − 1][c] + sines[r][c] · after[r − 1][p]
+//   backward  crossed[r][c] = Σ after[r][p] · grad[c], then grad[c] = cosines[r][c] · grad[c] − sines[r][c] · grad[p]
+struct RoundsJob {
+  int rounds;
+  int group_size; // a multiple of 16
+  int64_t in_features;
+  const int64_t* partners; // (rounds, K), inside the group
+  const float* cosines; // (rounds, K)
+  const float* sines; // (rounds, K)
+  float* after; // (rounds, K, g), out, or in for the gradient
+  const float* grad; // (K, g); null: forward
+  float* crossed; // out: (rounds, K)
+};
+
 struct Kernels {
   const char* isa;
   int row_tile; // rows that one call of `prepare` handles best
@@ -162,6 +177,7 @@ struct Kernels {
   void (*multiply)(const MultiplyJob& job);
   void (*store)(const StoreJob& job);
   void (*round)(const RoundingJob& job, int64_t first_row, int row_count);
+  void (*rounds)(const RoundsJob& job, int64_t group);
 };
 
 extern const Kernels kScalarKernels;

@@ -1,4 +1,4 @@
-// parofx_cpu::rotate_linear, rotate_int4_linear, round_columns and isa on torch's stable ABI: checks, outputs, and one call.
+// parofx_cpu::rotate_linear, rotate_int4_linear, round_columns, dense_rounds and isa on torch's stable ABI: checks, outputs, and one call.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "calibration.h"
 #include "linear.h"
-#include "rounding_job.h"
 
 namespace {
 
@@ -283,6 +283,48 @@ void round_columns(
   parofx::run_rounding(job, thread_count());
 }
 
+// `after` and its parts are (rounds, K, g); without `grad` it is written, with it `crossed` is.
+void dense_rounds(
+    Tensor after, Tensor partners, Tensor cosines, Tensor sines, std::optional<Tensor> grad,
+    std::optional<Tensor> crossed) {
+  STD_TORCH_CHECK(after.dim() == 3 && after.is_contiguous(), kName, ": after must be contiguous (rounds, K, g)");
+  parofx::RoundsJob job{};
+  job.rounds = static_cast<int>(after.size(0));
+  job.in_features = after.size(1);
+  job.group_size = static_cast<int>(after.size(2));
+  const int64_t all = job.rounds * job.in_features;
+  STD_TORCH_CHECK(
+      job.group_size > 0 && job.group_size <= parofx::kMaxGroupSize && job.group_size % 16 == 0 &&
+          job.in_features % job.group_size == 0,
+      kName, ": groups must be of a multiple of 16 and at most ", parofx::kMaxGroupSize, " channels, got ",
+      job.group_size);
+  STD_TORCH_CHECK(
+      partners.is_cpu() && partners.scalar_type() == ScalarType::Long && partners.is_contiguous() &&
+          partners.numel() == all,
+      kName, ": partners must be a contiguous int64 CPU tensor of ", all, " elements, got ", partners.numel());
+  job.partners = static_cast<const int64_t*>(partners.data_ptr());
+  bool inside = true;
+  for (int64_t group = 0; group < all / job.group_size; ++group) {
+    const int64_t first = group * job.group_size % job.in_features;
+    for (int64_t place = group * job.group_size; place < (group + 1) * job.group_size; ++place) {
+      inside &= job.partners[place] >= first && job.partners[place] < first + job.group_size;
+    }
+  }
+  STD_TORCH_CHECK(inside, kName, ": partners must be channels of the same group");
+  job.cosines = read_floats(cosines, job.rounds, job.in_features, "cosines");
+  job.sines = read_floats(sines, job.rounds, job.in_features, "sines");
+  STD_TORCH_CHECK(
+      after.is_cpu() && after.scalar_type() == ScalarType::Float, kName, ": after must be an fp32 CPU tensor, got ",
+      torch::headeronly::toString(after.scalar_type()));
+  job.after = static_cast<float*>(after.data_ptr());
+  STD_TORCH_CHECK(grad.has_value() == crossed.has_value(), kName, ": give both grad and crossed, or none");
+  if (grad) {
+    job.grad = read_floats(*grad, job.in_features, job.group_size, "grad");
+    job.crossed = const_cast<float*>(read_floats(*crossed, job.rounds, job.in_features, "crossed"));
+  }
+  parofx::run_rounds(job, thread_count());
+}
+
 std::string isa() { return parofx::active_kernels().isa; }
 
 } // namespace
@@ -298,6 +340,9 @@ STABLE_TORCH_LIBRARY(parofx_cpu, library) {
   library.def(
       "round_columns(Tensor(a!) steps, Tensor(b!) changes, Tensor base, Tensor coupling, Tensor channels, Tensor scales, "
       "Tensor low, Tensor high, int group_size, Tensor? exact=None, Tensor? curvature=None) -> ()");
+  library.def(
+      "dense_rounds(Tensor(a!) after, Tensor partners, Tensor cosines, Tensor sines, Tensor? grad=None, "
+      "Tensor(b!)? crossed=None) -> ()");
   library.def("isa() -> str");
 }
 
@@ -305,6 +350,7 @@ STABLE_TORCH_LIBRARY_IMPL(parofx_cpu, CPU, library) {
   library.impl("rotate_linear", TORCH_BOX(&rotate_linear));
   library.impl("rotate_int4_linear", TORCH_BOX(&rotate_int4_linear));
   library.impl("round_columns", TORCH_BOX(&round_columns));
+  library.impl("dense_rounds", TORCH_BOX(&dense_rounds));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(parofx_cpu, CompositeExplicitAutograd, library) { library.impl("isa", TORCH_BOX(&isa)); }

@@ -7,6 +7,7 @@
 // With int8 activations v is first replaced by step · round(v / step), step = max|v| / 127.
 #include <cmath>
 
+#include "dense_rounds.h"
 #include "numeric.h"
 #include "rounding.h"
 
@@ -167,6 +168,6 @@ void store(const StoreJob& job) {
 
 } // namespace
 
-const Kernels kScalarKernels = {"scalar", 1, choose_format, all_groups, prepare, multiply, store, round_columns};
+const Kernels kScalarKernels = {"scalar", 1, choose_format, all_groups, prepare, multiply, store, round_columns, run_rounds};
 
 } // namespace parofx
