@@ -47,6 +47,8 @@ from parofx.calibration.data import load_texts, pack_tokens
 from parofx.evaluation import EvalResult, collect_logits, evaluate
 from parofx.models import load_model
 
+#: The largest file of reference logits.
+_LOGITS_BYTES = 8 << 30
 RESULTS = Path(__file__).parent / "results"
 
 NEAREST = CalibrationConfig(steps=0, clip_ratios=(1.0,), rounding="nearest")
@@ -70,7 +72,7 @@ ROWS: dict[str, tuple[ParoConfig, bool]] = {
     "ablation: range objective": (ParoConfig(calibration=replace(FAST, objective="range")), True),
     "ablation: no clip search": (ParoConfig(calibration=replace(FAST, clip_ratios=(1.0,))), True),
     "ablation: no sweeps": (ParoConfig(calibration=replace(FAST, sweeps=0)), True),
-    "ablation: damping 0.1": (ParoConfig(calibration=replace(FAST, damping=(0.1,))), True),
+    "ablation: damping chosen": (ParoConfig(calibration=replace(FAST, damping=(0.03, 0.1, 0.3))), True),
     "ablation: greedy pairs": (ParoConfig(calibration=replace(FAST, pairs="greedy")), True),
     "ablation: steps of best": (ParoConfig(calibration=replace(FAST, steps=300, rows=1024)), True),
     "ablation: rank 4": (ParoConfig(calibration=replace(FAST, compensation_rank=4)), True),
@@ -188,7 +190,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--share-statistics",
         action="store_true",
-        help="gather statistics once for rows with the same; holds 16·K² bytes for each set of siblings",
+        help="gather statistics once for rows with the same; holds 8·K² bytes for each set of siblings",
     )
     options = parser.parse_args()
     if bool(options.calibration) != bool(options.evaluation):
@@ -239,15 +241,21 @@ def _with_budget(config: ParoConfig, model: Any) -> ParoConfig:
 
 
 class _Reference:
-    """The float model's logits on the windows that are compared, computed once and mapped from a temporary file."""
+    """The float model's logits on the windows that are compared, computed once and mapped from a temporary file.
+
+    Where they would be too many for one, it is the model itself.
+    """
 
     def __init__(self, model: Any, windows: torch.Tensor, options: argparse.Namespace) -> None:
         self._model, self._windows, self._batch_size = model, windows[: options.kl_windows], options.batch_size
         self._folder = tempfile.TemporaryDirectory(prefix="parofx-logits-")
         self._logits: torch.Tensor | None = None
 
-    def logits(self) -> torch.Tensor:
-        """Return log-probabilities, fp16 `(compared windows, seqlen, vocabulary)`."""
+    def get(self) -> Any:
+        """Return the model, or log-probabilities, fp16 `(compared windows, seqlen, vocabulary)`."""
+        vocabulary = self._model.config.get_text_config().vocab_size
+        if 2 * self._windows.numel() * vocabulary > _LOGITS_BYTES:
+            return self._model
         if self._logits is None:
             path = Path(self._folder.name) / "logits"
             self._logits = collect_logits(self._model, self._windows, path=path, batch_size=self._batch_size)
@@ -258,8 +266,8 @@ def _evaluate(model: Any, reference: _Reference, windows: torch.Tensor, options:
     """Measure perplexity on all windows and what the reference is for on the first of them, which takes longer."""
     how = {"batch_size": options.batch_size, "progress": True}
     if not options.kl or options.kl_windows is None:
-        return evaluate(model, windows, reference=reference.logits() if options.kl else None, **how)
-    compared = evaluate(model, windows[: options.kl_windows], reference=reference.logits(), **how)
+        return evaluate(model, windows, reference=reference.get() if options.kl else None, **how)
+    compared = evaluate(model, windows[: options.kl_windows], reference=reference.get(), **how)
     return replace(
         evaluate(model, windows, **how),
         kl_mean=compared.kl_mean,

@@ -69,5 +69,6 @@ def _glibc() -> ctypes.CDLL | None:
 
 def _set(library: ctypes.CDLL, thresholds: tuple[int, int]) -> None:
     mapped, trimmed = thresholds
-    library.mallopt(_M_MMAP_THRESHOLD, mapped)
-    library.mallopt(_M_TRIM_THRESHOLD, trimmed)
+    # Before 2.35 glibc refuses more than 32 MiB; alone, the other would end its own choice of both.
+    if library.mallopt(_M_MMAP_THRESHOLD, mapped):
+        library.mallopt(_M_TRIM_THRESHOLD, trimmed)

@@ -94,7 +94,8 @@ class CalibrationConfig:
         seed: fixes pairs, sampled rows and the order of data.
         seqlen: tokens per calibration sequence.
         samples: sequences used.
-        validation_samples: of these, how many are held out to choose by; 0 chooses on all of them.
+        validation_samples: of these, how many are held out to choose by, where there is a choice: of several dampings,
+            and of states of training; 0 chooses on all of them.
         batch_size: sequences per forward.
         bits_budget: bits per quantized weight, scales, zeros and rotations counted, that may be spent. Widths, group
             sizes and rotation rounds are then chosen for each linear, where they lose least; None leaves all alike.

@@ -23,9 +23,11 @@ class ActivationEnergy(Protocol):
 
     Attributes:
         power: `E[x_k²]`, fp32 `(K/g, g)`, in any unit; that of `T_g` is the same.
+        is_costly: whether gradients take so long that a step of a fit may take those of the step before.
     """
 
     power: Tensor
+    is_costly: bool
 
     def totals(self, matrices: Tensor, alpha: Tensor) -> Tensor:
         """Return `T_g (K/g,)` in fp64."""
@@ -41,6 +43,8 @@ class DiagonalEnergy:
         power: `E[x_k²]`, fp32 `(K,)`.
         group_size: channels per group, g.
     """
+
+    is_costly = False
 
     def __init__(self, power: Tensor, group_size: int) -> None:
         grouped = power.view(-1, group_size)
@@ -69,6 +73,8 @@ class FeedbackEnergy:
         group_size: channels per group, g.
         damping: relative to a group's mean power, above 0, as `feedback.damped` has it for all groups together.
     """
+
+    is_costly = True
 
     def __init__(self, gram: Tensor, group_size: int, damping: float) -> None:
         diagonal = gram.diagonal().float()

@@ -145,7 +145,7 @@ def _round_with_feedback(
     transform: Transform,
     trained: TrainedTransform,
     start: FittedTransform,
-    statistics: tuple[InputStatistics, InputStatistics],
+    statistics: tuple[InputStatistics, InputStatistics | None],
     config: CalibrationConfig,
 ) -> FittedTransform:
     """Round trained weights for the inputs that the quantized block has."""
@@ -168,13 +168,14 @@ def _student_statistics(
     transforms: Sequence[Transform],
     data: BlockData,
     config: CalibrationConfig,
-) -> dict[str, tuple[InputStatistics, InputStatistics]]:
-    """Return the statistics of the inputs that the trained block's linears have."""
-    found = {}
+) -> dict[str, tuple[InputStatistics, InputStatistics | None]]:
+    """Return the statistics of the inputs that the trained block's linears have, and of those held out to choose by."""
+    found: dict[str, tuple[InputStatistics, ...]] = {}
     norms = {one.name: output_norm(one, config) for one in transforms}
     for one in transforms:
         in_features = one.linears[0].weight.shape[1]
-        found[one.name] = tuple(InputStatistics(in_features, one.group_size, full=True) for _ in range(2))
+        sets = 1 + config.chooses_damping
+        found[one.name] = tuple(InputStatistics(in_features, one.group_size, full=True) for _ in range(sets))
     weights = trainer.present_weights()
     for index, given in enumerate(data.arguments):
         masks = data.masks[index]
@@ -188,7 +189,7 @@ def _student_statistics(
 
         with torch.no_grad():
             Student(module, weights, record).run(*given)
-    return found  # type: ignore[return-value]
+    return {name: (sets[0], sets[1] if len(sets) > 1 else None) for name, sets in found.items()}
 
 
 def _with_errors(transform: Transform, fitted: FittedTransform, statistics: InputStatistics) -> FittedTransform:

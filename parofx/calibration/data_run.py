@@ -23,7 +23,7 @@ from parofx.calibration.block_student import Student
 from parofx.calibration.block_training import BlockData, counting_outputs
 from parofx.calibration.distillation import Distiller
 from parofx.calibration.fitting import FittedTransform
-from parofx.calibration.normalized import mark_normalized
+from parofx.calibration.normalized import counts_relative, mark_normalized
 from parofx.calibration.output_moments import OutputMoments, measure_output_moments
 from parofx.calibration.processes import check_alike, fit_together, process_count, together
 from parofx.calibration.progress import BlockProgress
@@ -172,7 +172,7 @@ class DataRun:
         targets: list[list[Tensor]] = []
         self._piece = 0
         with together(), self._fast_products():
-            for output in stream.run(segment, self._record):
+            for output in stream.run(segment, self._record, self._relative()):
                 if students:
                     targets.append(counting_outputs(stream.module(segment), output, stream.masks[self._piece]))
                 self._piece += 1
@@ -208,6 +208,13 @@ class DataRun:
             report = BlockReport(block, tuple(stages))
             self._gm.meta.setdefault("parofx_block_reports", {})[block] = report
 
+    def _relative(self) -> dict[str, frozenset[str]]:
+        """Return the transforms whose rows count relative to their outputs, and the names of their linears."""
+        if self._config.calibration.row_weights == "equal":
+            return {}
+        relative = (one for one in self._transforms.values() if counts_relative(one))
+        return {one.name: frozenset(linear.name for linear in one.linears) for one in relative}
+
     def _record(self, name: str, rows: Tensor, lengths: Tensor | None) -> None:
         self._observe(self._statistics, name, rows, lengths)
         if self._config.calibration.chooses_damping and self._shares.places[self._piece] >= self._first_held_out:
@@ -222,13 +229,15 @@ class DataRun:
         norm = self._norms[name]
         statistics[name].update(rows, relative_to=norm, lengths=lengths, where=f"the input of {name}")
 
-    def _pop_held_out(self, name: str) -> InputStatistics:
+    def _pop_held_out(self, name: str) -> InputStatistics | None:
         """Return the held-out statistics of a transform, empty ones where this process saw no held-out batch."""
+        if not self._config.calibration.chooses_damping:
+            return None
         transform = self._transforms[name]
         empty = InputStatistics(transform.linears[0].weight.shape[1], transform.group_size, full=self._full)
         return self._held_out.pop(name, empty)
 
-    def _fit(self, name: str, statistics: InputStatistics, held_out: InputStatistics) -> FittedTransform:
+    def _fit(self, name: str, statistics: InputStatistics, held_out: InputStatistics | None) -> FittedTransform:
         transform = self._transforms[name]
         if statistics.count:
             linears = joined_linears(transform) if self._outputs else []

@@ -105,7 +105,7 @@ def lower_factor(gram: Tensor) -> Tensor:
     if failed.any():
         raise ConfigError(
             "the inputs' second moments are singular: error feedback needs a larger CalibrationConfig.damping "
-            "(0.03 and more by default), or calibration text that uses more of its input channels"
+            "(0.1 by default), or calibration text that uses more of its input channels"
         )
     return factor
 
@@ -175,7 +175,7 @@ class _Problem:
         self.scales, self.zeros = start.scales.t().contiguous(), start.zeros.t().contiguous()
         self.group_size = group_size
         self.low, self.high = -self.zeros, quant_maxima(bits) - self.zeros
-        self.steps = start.codes.t().to(gram.dtype) - self.zeros.repeat_interleave(group_size, 0)
+        self.steps = start.codes.t().to(gram.dtype).contiguous() - self.zeros.repeat_interleave(group_size, 0)
         self._slope: Tensor | None = None
 
     def codes(self) -> Tensor:
@@ -202,7 +202,9 @@ class _Problem:
         curvature, channels = self.gram.diagonal().cpu().contiguous(), torch.arange(len(slope))
         moves = torch.empty_like(slope[: column_blocks.BLOCK])
         for begin, end in _blocks(len(slope)):
-            block = ColumnBlock(channels[begin:end], slope[begin:end], -self.gram[begin:end, begin:end])
+            block = ColumnBlock(
+                channels[begin:end], slope[begin:end], self.gram[begin:end, begin:end].neg().contiguous()
+            )
             column_blocks.descend(self.steps, moves[: end - begin], block, self._grid(), curvature[begin:end])
             slope[end:].addmm_(self.gram[end:, begin:end], moves[: end - begin], alpha=-1)
 

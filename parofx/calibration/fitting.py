@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,13 @@ from parofx.calibration.activation_energy import FeedbackEnergy
 from parofx.calibration.feedback import ColumnFactor, RoundedWeight, damped, output_error, round_with_feedback
 from parofx.calibration.output_feedback import round_with_output_feedback
 from parofx.calibration.range_objective import fit_transform
-from parofx.calibration.rounding import choose_clipped_qparams, relative_error, rotated_block_gram, rotated_gram
+from parofx.calibration.rounding import (
+    choose_clipped_qparams,
+    relative_error,
+    relative_errors,
+    rotated_block_gram,
+    rotated_gram,
+)
 from parofx.calibration.statistics import InputStatistics
 from parofx.config import CalibrationConfig
 from parofx.precision import product_precision
@@ -188,7 +194,8 @@ def _round_rotated(
     if statistics is None or not statistics.full or config.rounding == "nearest":
         gram = None if statistics is None else transform.block_gram(statistics)
         grids = _choose_grids(rotated, gram, transform.group_size, bits, config)
-        errors = _nearest_errors(rotated, grids, gram, transform.group_size, bits)
+        nearest = _nearest(rotated, grids, transform.group_size, bits)
+        errors = tuple(relative_error(one, codes, gram) for one, codes in zip(rotated, nearest, strict=True))
         return FittedTransform(*parts, grids, errors, *losses)
     gram = transform.gram(statistics)
     damping = _middle(config.damping)
@@ -217,16 +224,18 @@ def _round_rotated(
     )
     parts_of = (torch.split(part, sizes) for part in (rounded.codes, rounded.scales, rounded.zeros))
     codes, scales_of, zeros_of = parts_of
+    forms = zip(codes, scales_of, zeros_of, strict=True)
+    both = [
+        relative_errors(one, (RoundedWeight(*form).dequantized(), near), gram[None])
+        for one, form, near in zip(rotated, forms, _nearest(rotated, grids, transform.group_size, bits), strict=True)
+    ]
     return FittedTransform(
         *parts,
         tuple(zip(scales_of, zeros_of, strict=True)),
-        tuple(
-            relative_error(one, RoundedWeight(*rounding).dequantized(), gram[None])
-            for one, *rounding in zip(rotated, codes, scales_of, zeros_of, strict=True)
-        ),
+        tuple(one[0] for one in both),
         *losses,
         codes=codes,
-        nearest_errors=_nearest_errors(rotated, grids, gram[None], transform.group_size, bits),
+        nearest_errors=tuple(one[1] for one in both),
         damping=damping,
         joins_rows=bool(outputs),
     )
@@ -245,17 +254,12 @@ def _choose_grids(
     )
 
 
-def _nearest_errors(
-    rotated: Sequence[Tensor],
-    grids: Sequence[tuple[Tensor, Tensor]],
-    gram: Tensor | None,
-    group_size: int,
-    bits: Sequence[int],
-) -> tuple[float, ...]:
-    return tuple(
-        relative_error(one, affine.fake_quantize(one, *grid, width, group_size), gram)
-        for one, grid, width in zip(rotated, grids, bits, strict=True)
-    )
+def _nearest(
+    rotated: Sequence[Tensor], grids: Sequence[tuple[Tensor, Tensor]], group_size: int, bits: Sequence[int]
+) -> Iterator[Tensor]:
+    """Yield the weights rounded to nearest."""
+    for one, grid, width in zip(rotated, grids, bits, strict=True):
+        yield affine.fake_quantize(one, *grid, width, group_size)
 
 
 def _middle(candidates: Sequence[float]) -> float:

@@ -169,7 +169,7 @@ def _gather(message: str) -> list[str]:
 
 def fit_together(
     names: Sequence[str],
-    statistics: Mapping[str, Sequence[InputStatistics]],
+    statistics: Mapping[str, Sequence[InputStatistics | None]],
     fit: Callable[[str], FittedTransform],
 ) -> dict[str, FittedTransform]:
     """Fit transforms on the statistics of all processes, each by one process; all return all results.
@@ -181,7 +181,7 @@ def fit_together(
     """
     if process_count() > 1:
         for name in names:
-            for one in statistics[name]:
+            for one in filter(None, statistics[name]):
                 _sum(one)
     return each_by_one(names, fit)
 

@@ -38,7 +38,7 @@ LARGEST_LOG2_ALPHA = 13.0
 #: steps are stored in fp16, and single rows have smaller and larger ones.
 STEP_RANGE = (2.0**-11, 2.0**9)
 
-#: Steps for which a gradient of the energy serves: it changes slowly, and takes as long as all else of a step.
+#: Steps for which a costly gradient of the energy serves: it changes slowly.
 _ENERGY_STEPS = 2
 #: Elements of a rotated weight held at a time when the loss of all rows is computed.
 _CHUNK_ELEMENTS = 1 << 22
@@ -139,14 +139,14 @@ class RangeObjective:
         # As large as the sampled rows, and kept between steps: fresh pages would cost more than the arithmetic.
         self._buffers = (weight.new_empty(0), weight.new_empty(0))
         self._energy = energy
-        self._of_energy: tuple[Tensor | None, Tensor] = (None, weight.new_zeros(()))
+        self._of_energy: tuple[Tensor | None, Tensor] | None = None
 
     def gradients(
         self, theta: Tensor, log_alpha: Tensor, rows: slice, *, lagging: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of `Σ_g log L_g` on some output channels: `(krot, K/2)` for θ and `(K,)` for log α.
 
-        `lagging` takes those of `log T_g` from the last call.
+        `lagging` takes those of `log T_g` from the last call, if they are costly.
         """
         alpha = log_alpha.exp().view(-1, 1, self.group_size)
         matrices = self.rounds.forward(theta)
@@ -162,7 +162,7 @@ class RangeObjective:
         # d log S_g / d rotated is non-zero at the extremes of each row only.
         at_extremes = torch.eq(rotated, high, out=self._buffers[1]).sub_(rotated.eq_(low)).mul_(slope)
         grad_scaled = torch.bmm(at_extremes, columns.transpose(1, 2))
-        if not lagging:
+        if self._of_energy is None or not (lagging and self._energy.is_costly):
             self._of_energy = self._energy.gradients(matrices, alpha)
         from_energy, of_energy = self._of_energy
         grad_log_alpha = (grad_scaled * scaled).sum(1) + of_energy

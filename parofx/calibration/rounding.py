@@ -111,26 +111,33 @@ def relative_error(w_rot: Tensor, w_hat: Tensor, block_gram: Tensor | None) -> f
     Raises:
         ShapeError: if the tensors do not fit together.
     """
-    if w_rot.dim() != 2 or w_rot.shape != w_hat.shape:
-        raise ShapeError(
-            f"weights must be two matrices of one shape, got {tuple(w_rot.shape)} and {tuple(w_hat.shape)}"
-        )
+    return relative_errors(w_rot, [w_hat], block_gram)[0]
+
+
+def relative_errors(w_rot: Tensor, rounded: Sequence[Tensor], block_gram: Tensor | None) -> tuple[float, ...]:
+    """Return the `relative_error` of several quantized forms of one weight."""
+    for w_hat in rounded:
+        if w_rot.dim() != 2 or w_rot.shape != w_hat.shape:
+            raise ShapeError(
+                f"weights must be two matrices of one shape, got {tuple(w_rot.shape)} and {tuple(w_hat.shape)}"
+            )
     group_size = w_rot.shape[1] if block_gram is None else block_gram.shape[-1]
     _check_block_gram(block_gram, w_rot.shape[1], group_size)
-    error = energy = 0.0
+    errors, energy = [0.0] * len(rounded), 0.0
     # Squares of very small or very large weights would leave the range of fp32.
     largest = float(w_rot.abs().max()) if w_rot.numel() else 0.0
     unit = largest or 1.0
     for chunk in _row_chunks(w_rot):
         rows = w_rot[chunk].float() / unit
-        delta = w_hat[chunk].float() / unit - rows
-        error += _squared_error(grouped(delta, group_size), block_gram).double().sum().item()
         energy += _squared_error(grouped(rows, group_size), block_gram).double().sum().item()
-    return error / energy if energy > 0 else 0.0
+        for index, w_hat in enumerate(rounded):
+            delta = w_hat[chunk].float() / unit - rows
+            errors[index] += _squared_error(grouped(delta, group_size), block_gram).double().sum().item()
+    return tuple(error / energy if energy > 0 else 0.0 for error in errors)
 
 
 def _squared_error(delta: Tensor, moments: Tensor | None) -> Tensor:
-    """Return `Δ H_g Δᵀ (N, K/g)` for errors `(N, K/g, g)`."""
+    """Return `Δ H_g Δᵀ (N, K/g)` for errors `(N, K/g, g)`; of `(K/g, g)` moments the sum of weighted squares."""
     if moments is None:
         return delta.square().sum(-1)
     if moments.dim() == 2:

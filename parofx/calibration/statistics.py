@@ -170,7 +170,9 @@ class InputStatistics:
             unit = _power_of_two(peak)
             scaled, power = rows.float() / unit, unit**2
             if relative_to is not None:
-                scaled, power = relative_to.divide(scaled, None if lengths is None else lengths / unit), 1.0
+                # In fp16 outputs may overflow where rows do not.
+                known = None if lengths is None or not lengths.isfinite().all() else lengths / unit
+                scaled, power = relative_to.divide(scaled, known), 1.0
             for where_to, products in self._products(scaled):
                 self._sums[where_to] += products.double().mul_(power)
 

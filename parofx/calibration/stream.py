@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from parofx.passes.graph import FAKE_QUANTIZE, LINEAR, ROTATE, get_attribute
 from parofx.passes.guards import why_not_served
 
 #: Called with the transform's name, the rows `(M, K)` that reach it, and the lengths `(M,)` of what its linears make of
-#: them, fp32; None where these do not run in the same segment.
+#: them, fp32; None where they are not wanted, or not all computed from these rows in the same segment without a bias.
 Recorder = Callable[[str, Tensor, Tensor | None], None]
 #: The values alive at a border, by node name, of one batch.
 Border = dict[str, Any]
@@ -61,11 +62,16 @@ class BlockStream:
         """Return the segment after which all of a transform's inputs have been seen."""
         return next(segment for segment in reversed(self.segments) if transform in self.transforms_of(segment))
 
-    def run(self, segment: str, record: Recorder) -> Iterator[Any]:
-        """Run one segment for all batches, replacing the borders; yields what it returns, batch by batch."""
+    def run(
+        self, segment: str, record: Recorder, measured: Mapping[str, frozenset[str]] = MappingProxyType({})
+    ) -> Iterator[Any]:
+        """Run one segment for all batches, replacing the borders; yields what it returns, batch by batch.
+
+        `measured` are the transforms whose outputs' lengths are wanted, with the names of all their linears.
+        """
         module = self.module(segment)
         for index, border in enumerate(self.borders):
-            runner = _Recorder(module, record, self.masks[index])
+            runner = _Recorder(module, record, self.masks[index], measured)
             with torch.no_grad():
                 output = runner.run(*self.arguments(segment, border))
             self.advance(segment, border, output)
@@ -108,18 +114,25 @@ class BlockStream:
 class _Recorder(SegmentInterpreter):
     """Runs a segment; rotations hand their input on, and report it if it is an activation, once their linears ran."""
 
-    def __init__(self, module: GraphModule, record: Recorder, masks: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        module: GraphModule,
+        record: Recorder,
+        masks: Mapping[str, Tensor],
+        measured: Mapping[str, frozenset[str]],
+    ) -> None:
         super().__init__(module)
         self._record = record
         self._masks = masks
-        #: Lengths `(…, 1)` of the outputs so far, of all siblings together, by rotation.
+        self._measured = measured
+        #: Lengths `(…, 1)` of the outputs so far, one of each linear, by rotation.
         self._lengths: dict[Node, list[Tensor]] = {}
 
     def run_node(self, n: Node) -> Any:
         if n.target is ROTATE or n.target is FAKE_QUANTIZE:
             value = self.env[n.args[0]]  # type: ignore[index]
             if n.meta.get("parofx_transform") is not None:
-                if n.users and all(user.target is LINEAR for user in n.users):
+                if self._is_measured(n):
                     self._lengths[n] = []
                 else:
                     self._report(n, value, None)
@@ -129,11 +142,19 @@ class _Recorder(SegmentInterpreter):
             self._add_output(n, output)
         return output
 
+    def _is_measured(self, rotation: Node) -> bool:
+        """Return whether each linear of its transform reads a rotation, once, and adds nothing to the product."""
+        wanted = self._measured.get(rotation.meta["parofx_transform"])
+        if wanted is None or any(
+            user.target is not LINEAR or user.args[2:] not in ((), (None,)) for user in rotation.users
+        ):
+            return False
+        names = [user.args[1].meta.get("parofx_linear") for user in rotation.users]  # type: ignore[union-attr]
+        return len(names) == len(wanted) and wanted == set(names)
+
     def _add_output(self, linear: Node, output: Tensor) -> None:
-        rotation, bias = linear.args[0], linear.args[2] if len(linear.args) > 2 else None
+        rotation = linear.args[0]
         assert isinstance(rotation, Node)
-        if isinstance(bias, Node):
-            output = output - self.env[bias]
         lengths = self._lengths[rotation]
         lengths.append(torch.linalg.vector_norm(output.float(), dim=-1, keepdim=True))
         if len(lengths) == len(rotation.users):

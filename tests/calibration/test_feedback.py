@@ -95,6 +95,25 @@ def test_feedback_is_the_recursion_of_the_docstring():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+def test_the_factor_is_one_of_the_moments():
+    gram = damped(correlated_gram(3 * GROUP), 0.1).double()
+    columns = feedback.ColumnFactor.of(gram)
+    assert not torch.equal(columns.order, torch.arange(3 * GROUP))
+    product = columns.lower * columns.residual[columns.order] @ columns.lower.t()
+    torch.testing.assert_close(product, gram[columns.order][:, columns.order])
+    assert torch.equal(columns.lower.diagonal(), torch.ones(3 * GROUP, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_moments_may_have_any_strides(sweeps):
+    weight, gram = normal(5, 40 * GROUP), damped(correlated_gram(40 * GROUP), 0.1)
+    scales, zeros = affine.choose_qparams(weight, 4, GROUP)
+    options = {"bits": 4, "group_size": GROUP, "sweeps": sweeps}
+    found = round_with_feedback(weight, gram.t(), scales, zeros, **options)
+    wide = torch.stack([weight, weight], 1)[:, 0]
+    assert torch.equal(found.codes, round_with_feedback(wide, gram.t().contiguous(), scales, zeros, **options).codes)
+
+
 def test_uncorrelated_inputs_are_rounded_to_nearest():
     weight = normal(6, 2 * GROUP)
     gram = torch.diag(torch.logspace(-1, 1, 2 * GROUP))

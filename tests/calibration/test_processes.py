@@ -37,7 +37,7 @@ interrupt("smooth", folder / "work", place)
 save_file(quantized("smooth", work_dir=str(folder / "work")), folder / f"resumed-{place}.safetensors")
 dist.destroy_process_group()
 """
-FAST = CalibrationConfig(steps=3, seqlen=16, samples=6, batch_size=1, validation_samples=2)
+FAST = CalibrationConfig(steps=3, seqlen=16, samples=6, batch_size=1, validation_samples=2, damping=(0.03, 0.1, 0.3))
 TRAINED = replace(
     FAST, autocast=False, transform_epochs=2, tune_epochs=2, distill_epochs=2, transform_learning_rate=1e-3
 )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from parofx import affine, rotation
 from parofx.calibration import range_objective
-from parofx.calibration.activation_energy import DiagonalEnergy
+from parofx.calibration.activation_energy import DiagonalEnergy, FeedbackEnergy
 from parofx.calibration.guess_power import guess_power
 from parofx.calibration.range_objective import RangeObjective, TransformFit, fit_transform
 from parofx.config import CalibrationConfig
@@ -96,6 +96,22 @@ def test_gradients_are_those_of_autograd(groups: int, krot: int, method: str, se
     expected = theta.grad * trainable_angles(pairs, GROUP)
     torch.testing.assert_close(grad_theta, expected, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(grad_log_alpha, log_alpha.grad, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("costly", [False, True])
+def test_only_costly_gradients_of_the_energy_serve_two_steps(costly: bool) -> None:
+    rows, pairs = normal(12, 2 * GROUP), make_pairs(2 * GROUP, GROUP, 2, seed=0)
+    gram = torch.eye(2 * GROUP) + 0.1 * normal(2 * GROUP, 5) @ normal(5, 2 * GROUP)
+    gram = gram @ gram.t()
+    energy = FeedbackEnergy(gram, GROUP, 0.1) if costly else DiagonalEnergy(gram.diagonal(), GROUP)
+    states = [(normal(2, GROUP, seed=seed), normal(2 * GROUP, seed=seed)) for seed in (1, 2)]
+    objective, fresh = (RangeObjective(rows, energy, pairs, bits=4, group_size=GROUP) for _ in range(2))
+    first = objective.gradients(*states[0], slice(None), lagging=True)
+    expected = fresh.gradients(*states[0], slice(None))
+    assert all(torch.equal(one, other) for one, other in zip(first, expected, strict=True)), "there is no step before"
+    second = objective.gradients(*states[1], slice(None), lagging=True)
+    expected = fresh.gradients(*states[1], slice(None))
+    assert torch.equal(second[1], expected[1]) != costly
 
 
 @given(groups=st.integers(1, 3), krot=st.integers(0, 4), with_power=st.booleans(), seed=st.integers(0, 99))

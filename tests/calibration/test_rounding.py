@@ -150,3 +150,16 @@ def test_errors() -> None:
         relative_error(w, w[:2], None)
     with pytest.raises(ShapeError, match="block_gram must be"):
         relative_error(w, w, wrong)
+
+
+def test_squares_are_weighed_where_error_feedback_follows():
+    w = torch.randn(5, 2 * GROUP, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(2, GROUP, generator=torch.Generator().manual_seed(1)) ** 4
+    options = {"bits": 3, "group_size": GROUP, "clip_ratios": RATIOS}
+    found = choose_clipped_qparams(w, moments=weights, **options)
+    expected = choose_clipped_qparams(w, moments=torch.diag_embed(weights), **options)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    plain = choose_clipped_qparams(w, moments=None, **options)
+    assert not torch.equal(found[0], plain[0])
+    with pytest.raises(ShapeError, match=r"weights of squares must be \(2, 8\)"):
+        choose_clipped_qparams(w, moments=weights[:, 1:], **options)

@@ -216,3 +216,18 @@ def test_rows_of_any_size_are_summed(peak):
     statistics.update(torch.full((2, 32), peak))
     assert statistics._sums.isfinite().all()
     assert (statistics._sums > 0).all()
+
+
+def test_known_lengths_of_outputs_are_taken_and_those_that_overflowed_computed() -> None:
+    x = sample(9, 2)
+    weights = [sample(7, 2, 1), sample(2, 2, 2)]
+    lengths = (x @ torch.cat(weights).t()).norm(dim=1)
+    grams = []
+    for known in (None, lengths, 2 * lengths, torch.where(lengths > lengths.median(), torch.inf, lengths)):
+        statistics = InputStatistics(x.shape[1], GROUP)
+        statistics.update(1e3 * x, relative_to=OutputNorm(weights), lengths=None if known is None else 1e3 * known)
+        grams.append(statistics.block_gram)
+    computed, taken, doubled, overflowed = grams
+    torch.testing.assert_close(taken, computed, rtol=1e-5, atol=1e-6)
+    assert torch.equal(overflowed, computed)
+    assert 0.24 < float(doubled.diagonal(dim1=1, dim2=2).sum() / computed.diagonal(dim1=1, dim2=2).sum()) < 0.3

@@ -136,3 +136,49 @@ def test_an_input_of_another_structure_is_refused():
     gm = prepared(Nested(), {"x": {"a": batch(), "b": batch()}})
     with pytest.raises(DataError, match="the captured graph takes 2 inputs, a calibration batch has 1"):
         BlockStream(gm, [{"x": {"a": batch()}}])
+
+
+class Siblings(nn.Module):
+    """Two linears that read one tensor, and a third that reads another with the second."""
+
+    def __init__(self, *, bias: bool = False, other: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(128, 64, bias=False)
+        self.second = nn.Linear(128, 32, bias=bias)
+        self.other = other
+
+    def forward(self, x, attention_mask=None):
+        result = self.first(x).sum(-1) + self.second(x).sum(-1)
+        return result + self.second(x.sin()).sum(-1) if self.other else result
+
+
+def lengths_of(model: nn.Module, **inputs: Tensor) -> list[Tensor | None]:
+    stream = BlockStream(prepared(model, inputs), [inputs])
+    found = []
+    measured = {"first": frozenset({"first", "second"})}
+    for segment in stream.segments:
+        list(stream.run(segment, lambda name, rows, lengths: found.append((name, rows, lengths)), measured))
+    assert {name for name, _, _ in found} == {"first"}
+    for _, rows, lengths in found:
+        if lengths is not None:
+            outputs = torch.cat([model.first(rows), model.second(rows)], 1)
+            torch.testing.assert_close(lengths, outputs.norm(dim=1), rtol=1e-5, atol=1e-5)
+    return [lengths for _, _, lengths in found]
+
+
+@torch.no_grad()
+def test_lengths_are_those_of_what_all_siblings_make_of_the_rows():
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    (lengths,) = lengths_of(Siblings(), x=x)
+    assert lengths.shape == (10,)
+    (lengths,) = lengths_of(Siblings(), x=x, attention_mask=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]))
+    assert lengths.shape == (7,)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"bias": True}, {"other": True}])
+def test_lengths_are_left_out_where_not_all_siblings_make_them_of_the_same_rows(options):
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    lengths = lengths_of(Siblings(**options), x=x)
+    assert None in lengths
+    assert len([one for one in lengths if one is not None]) == bool(options.get("other"))
