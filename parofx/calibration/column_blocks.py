@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parofx import cpu_ops
+from parofx.calibration import compiled
 
 #: Columns between two updates of all others; the compiled loop takes no more.
 BLOCK = 128
@@ -52,7 +52,7 @@ def feed_back(steps: Tensor, changes: Tensor, block: ColumnBlock, grid: Grid, ex
         grid: of all channels.
         exact: the columns of the weight, `(columns, N)`.
     """
-    if _is_compiled(steps):
+    if compiled.has_loops_for(steps):
         _round_columns(steps, changes, block, grid, exact, None)
         return
     for column, channel in reversed(list(enumerate(block.channels.tolist()))):
@@ -73,7 +73,7 @@ def descend(steps: Tensor, changes: Tensor, block: ColumnBlock, grid: Grid, curv
         grid: of all channels.
         curvature: of half the error, `(columns,)` on the CPU.
     """
-    if _is_compiled(steps):
+    if compiled.has_loops_for(steps):
         _round_columns(steps, changes, block, grid, None, curvature[None])
         return
     for column, (channel, bend) in enumerate(zip(block.channels.tolist(), curvature.tolist(), strict=True)):
@@ -83,10 +83,6 @@ def descend(steps: Tensor, changes: Tensor, block: ColumnBlock, grid: Grid, curv
         torch.mul(best - own, grid.scales[group], out=changes[column])
         own.copy_(best)
         block.base[column + 1 :].addr_(block.coupling[column + 1 :, column], changes[column])
-
-
-def _is_compiled(steps: Tensor) -> bool:
-    return steps.device.type == "cpu" and steps.dtype == torch.float32 and cpu_ops.why_unavailable() is None
 
 
 def _round_columns(

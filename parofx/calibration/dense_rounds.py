@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parofx import cpu_ops
+from parofx.calibration import compiled
 from parofx.rotation import check_shapes
 
 
@@ -80,4 +80,4 @@ def _is_compiled(after: Tensor) -> bool:
     """Return whether the rounds `(krot, K, g)` run in compiled code."""
     krot, _, group_size = after.shape
     fits = krot > 0 and group_size % 16 == 0 and group_size <= 128
-    return fits and after.device.type == "cpu" and cpu_ops.why_unavailable() is None
+    return fits and compiled.has_loops_for(after)

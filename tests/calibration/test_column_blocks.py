@@ -4,14 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parofx import cpu_ops
-from parofx.calibration import column_blocks
+from parofx.calibration import column_blocks, compiled
 from parofx.calibration.column_blocks import ColumnBlock, Grid
 
 GROUP = 4
 #: Of a step: how far values may be off that are sums of fp32 products, in two orders.
 TOLERANCE = 1e-3
 
-compiled = pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="no compiled kernels here")
+needs_library = pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="no compiled kernels here")
 
 
 def problem(columns: int, rows: int, seed: int):
@@ -53,7 +53,7 @@ def test_every_column_is_nearest_to_what_those_before_it_leave(kind, in_cpp, col
         return
     steps, block, grid, exact, curvature = problem(columns, rows, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(column_blocks, "_is_compiled", lambda _: in_cpp)
+        patch.setattr(compiled, "has_loops_for", lambda _: in_cpp)
         found, changes = run(kind, steps, block, grid, exact, curvature)
     group = block.channels // GROUP
     scale, low, high = (one[group].double() for one in (grid.scales, grid.low, grid.high))
@@ -72,7 +72,7 @@ def test_every_column_is_nearest_to_what_those_before_it_leave(kind, in_cpp, col
     assert torch.equal(found[others], steps[others])
 
 
-@compiled
+@needs_library
 def test_not_a_number_stays_one():
     steps, block, grid, exact, curvature = problem(3, 5, 0)
     block.base[1, 2] = torch.nan
@@ -81,7 +81,7 @@ def test_not_a_number_stays_one():
     assert not found[:, 3].isnan().any()
 
 
-@compiled
+@needs_library
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -110,3 +110,14 @@ def test_wrong_arguments_of_the_operator_are_refused(wrong, message):
     }
     with pytest.raises(RuntimeError, match=message):
         torch.ops.parofx_cpu.round_columns(**(arguments | wrong))
+
+
+def test_what_is_missing_is_told_once(monkeypatch, caplog):
+    compiled._warn_once.cache_clear()
+    monkeypatch.setattr(cpu_ops, "why_unavailable", lambda: "no C++ compiler")
+    assert not any(compiled.has_loops_for(torch.zeros(2)) for _ in range(3))
+    assert [one.getMessage() for one in caplog.records] == [
+        "calibration takes longer without its compiled loops: no C++ compiler"
+    ]
+    assert not compiled.has_loops_for(torch.zeros(2, dtype=torch.float64))
+    compiled._warn_once.cache_clear()
