@@ -33,8 +33,7 @@ _users = 0
 def keeping_pages() -> Iterator[None]:
     """Keep freed memory as long as the context lasts, and give it back behind it; elsewhere than on glibc do nothing.
 
-    Contexts may be nested, and overlap in several threads. So does nothing who set glibc's thresholds by environment
-    variables.
+    Contexts may be nested, and overlap in several threads. Thresholds that users set by environment variables stay.
     """
     global _users
     library = _glibc()
