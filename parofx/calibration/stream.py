@@ -146,7 +146,7 @@ class _Recorder(SegmentInterpreter):
         """Return whether each linear of its transform reads a rotation, once, and adds nothing to the product."""
         wanted = self._measured.get(rotation.meta["parofx_transform"])
         if wanted is None or any(
-            user.target is not LINEAR or user.args[2:] not in ((), (None,)) for user in rotation.users
+            user.target is not LINEAR or user.kwargs or user.args[2:] not in ((), (None,)) for user in rotation.users
         ):
             return False
         names = [user.args[1].meta.get("parofx_linear") for user in rotation.users]  # type: ignore[union-attr]
