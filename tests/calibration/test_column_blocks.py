@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 from parofx import cpu_ops
 from parofx.calibration import column_blocks, compiled
 from parofx.calibration.column_blocks import ColumnBlock, Grid
+from parofx.cpu_ops import build
 
 GROUP = 4
 #: Of a step: how far values may be off that are sums of fp32 products, in two orders.
 TOLERANCE = 1e-3
 
 #: A build that fails is an error here; only without a compiler is anything skipped.
-needs_library = pytest.mark.skipif(not cpu_ops.is_available(), reason="no compiled kernels here")
+needs_library = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 
 
 def problem(columns: int, rows: int, seed: int):
@@ -50,7 +51,7 @@ def run(kind: str, steps, block, grid, exact, curvature):
     seed=st.integers(0, 99),
 )
 def test_every_column_is_nearest_to_what_those_before_it_leave(kind, in_cpp, columns, rows, seed):
-    assume(cpu_ops.is_available() or not in_cpp)
+    assume(not in_cpp or build.find_compiler() is not None)
     steps, block, grid, exact, curvature = problem(columns, rows, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "has_loops_for", lambda _: in_cpp)
@@ -74,6 +75,7 @@ def test_every_column_is_nearest_to_what_those_before_it_leave(kind, in_cpp, col
 
 @needs_library
 def test_not_a_number_stays_one():
+    cpu_ops.load()
     steps, block, grid, exact, curvature = problem(3, 5, 0)
     block.base[1, 2] = torch.nan
     found, _ = run("feedback", steps, block, grid, exact, curvature)
@@ -108,6 +110,7 @@ def test_wrong_arguments_of_the_operator_are_refused(wrong, message):
         "group_size": 4,
         "exact": torch.zeros(3, 5),
     }
+    cpu_ops.load()
     with pytest.raises(RuntimeError, match=message):
         torch.ops.parofx_cpu.round_columns(**(arguments | wrong))
 
