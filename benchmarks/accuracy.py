@@ -29,7 +29,7 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,7 @@ def main() -> None:
             seconds = time.perf_counter() - start[0] + saved[0], time.process_time() - start[1] + saved[1]
             result = _evaluate(parofx.dequantize(quantized, dtype=dtype), reference, windows, options)
             _note(rows, name, result, report.bits_per_weight, seconds, seed)
+            rows[name]["settings"] = _settings_of(name)
             _save(rows, options, target)
             del quantized
             gc.collect()
@@ -190,7 +191,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--share-statistics",
         action="store_true",
-        help="gather statistics once for rows with the same; holds 8·K² bytes for each set of siblings",
+        help="gather statistics once for rows with the same; holds 8·K² bytes for each set of siblings, twice where "
+        "damping is chosen",
     )
     options = parser.parse_args()
     if bool(options.calibration) != bool(options.evaluation):
@@ -288,7 +290,16 @@ def _earlier_rows(options: argparse.Namespace, target: Path) -> dict[str, Any]:
         told = ", ".join(f"{name} {found.get(name)} (now {wanted[name]})" for name in differing)
         raise SystemExit(f"--resume: {target} was measured with {told}; give the same options, or leave out --resume")
     rows: dict[str, Any] = earlier["rows"]
+    changed = [name for name in rows if name in ROWS and rows[name].get("settings") != _settings_of(name)]
+    if changed:
+        raise SystemExit(f"--resume: {target} has rows of other settings: {', '.join(changed)}; leave out --resume")
     return rows
+
+
+def _settings_of(name: str) -> dict[str, Any]:
+    """Return what a row is configured to, as it is read back from a file."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(ROWS[name][0]), default=str))
+    return settings
 
 
 def _note(

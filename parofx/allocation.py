@@ -27,15 +27,16 @@ _CHOSEN_BY = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLE
 
 _lock = threading.Lock()
 _users = 0
+_is_keeping = False
 
 
 @contextlib.contextmanager
 def keeping_pages() -> Iterator[None]:
-    """Keep freed memory as long as the context lasts, and give it back behind it; elsewhere than on glibc do nothing.
+    """Keep freed memory as long as the context lasts, and give it back behind it; without glibc 2.35 do nothing.
 
     Contexts may be nested, and overlap in several threads. Thresholds that users set by environment variables stay.
     """
-    global _users
+    global _users, _is_keeping
     library = _glibc()
     if library is None:
         yield
@@ -43,15 +44,16 @@ def keeping_pages() -> Iterator[None]:
     with _lock:
         _users += 1
         if _users == 1:
-            _set(library, _KEPT)
+            _is_keeping = _set(library, _KEPT)
     try:
         yield
     finally:
         with _lock:
             _users -= 1
-            if _users == 0:
+            if _users == 0 and _is_keeping:
                 _set(library, _USUAL)
                 library.malloc_trim(0)
+                _is_keeping = False
 
 
 @functools.cache
@@ -66,8 +68,8 @@ def _glibc() -> ctypes.CDLL | None:
     return library
 
 
-def _set(library: ctypes.CDLL, thresholds: tuple[int, int]) -> None:
+def _set(library: ctypes.CDLL, thresholds: tuple[int, int]) -> bool:
+    """Set both thresholds, or none; return whether."""
     mapped, trimmed = thresholds
     # Before 2.35 glibc refuses more than 32 MiB; alone, the other would end its own choice of both.
-    if library.mallopt(_M_MMAP_THRESHOLD, mapped):
-        library.mallopt(_M_TRIM_THRESHOLD, trimmed)
+    return bool(library.mallopt(_M_MMAP_THRESHOLD, mapped) and library.mallopt(_M_TRIM_THRESHOLD, trimmed))

@@ -14,13 +14,22 @@ logger = logging.getLogger("parofx")
 
 
 def has_loops_for(tensor: Tensor) -> bool:
-    """Return whether there are compiled loops for a tensor, building the library at the first call."""
+    """Return whether there are compiled loops for a tensor, building the library at the first call.
+
+    Where it cannot be built for want of a compiler, calibration does without, and says so once.
+
+    Raises:
+        BuildFailedError: if there is a compiler and it fails.
+        RuntimeError: if the library does not load, or `PAROFX_CPU_ISA` names what this machine lacks.
+    """
     if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
         return False
-    reason = cpu_ops.why_unavailable()
-    if reason is not None:
-        _warn_once(reason)
-    return reason is None
+    try:
+        cpu_ops.load()
+    except cpu_ops.BuildUnavailableError as error:
+        _warn_once(str(error))
+        return False
+    return True
 
 
 @functools.cache

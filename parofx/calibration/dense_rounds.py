@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parofx.calibration import compiled
-from parofx.rotation import check_shapes
+from parofx.rotation import check_pairs, check_shapes
 
 
 class DenseRounds:
@@ -18,11 +18,15 @@ class DenseRounds:
     Args:
         pairs: integer `(krot, K)`.
         group_size: channels per group, g.
+
+    Raises:
+        ShapeError: if `group_size` does not divide K, or a round does not pair every channel of a group once.
     """
 
     def __init__(self, pairs: Tensor, group_size: int) -> None:
         krot, in_features = pairs.shape
         check_shapes(in_features, pairs, torch.empty(krot, in_features // 2), None, group_size)
+        check_pairs(pairs, group_size)
         device = pairs.device
         absolute = pairs.long() + torch.arange(in_features, device=device) // group_size * group_size
         self._group_size = group_size
@@ -40,13 +44,13 @@ class DenseRounds:
         The next call overwrites the result.
 
         Args:
-            theta: fp32 `(krot, K/2)`.
+            theta: `(krot, K/2)`, computed with in fp32.
         """
-        cos, sin = theta.cos(), theta.sin()
-        per_channel = torch.empty_like(self._partner, dtype=theta.dtype)
+        cos, sin = theta.float().cos(), theta.float().sin()
+        per_channel = torch.empty_like(self._partner, dtype=torch.float32)
         self._cos = per_channel.scatter(1, self._first, cos).scatter_(1, self._second, cos)
         self._sin = per_channel.scatter_(1, self._first, sin).scatter_(1, self._second, -sin)
-        if _is_compiled(self._after):
+        if self._is_compiled():
             torch.ops.parofx_cpu.dense_rounds(self._after, self._partner, self._cos, self._sin)
             return self._after[-1].view(-1, self._group_size, self._group_size)
         values = self._identity
@@ -60,9 +64,9 @@ class DenseRounds:
 
         With values `y` and gradient `g` after a round, `dL/dθ = Σ (g_i·y_j − g_j·y_i)`; then `g` is rotated back.
         """
-        grad = grad.reshape(self._identity.shape)
-        crossed = torch.empty_like(self._partner, dtype=grad.dtype)
-        if _is_compiled(self._after):
+        grad = grad.reshape(self._identity.shape).float()
+        crossed = torch.empty_like(self._partner, dtype=torch.float32)
+        if self._is_compiled():
             given = self._partner, self._cos, self._sin
             torch.ops.parofx_cpu.dense_rounds(self._after, *given, grad.contiguous(), crossed)
             return crossed.gather(1, self._first) - crossed.gather(1, self._second)
@@ -75,9 +79,6 @@ class DenseRounds:
     def _round(self, r: int) -> tuple[Tensor, Tensor, Tensor]:
         return self._partner[r], self._cos[r][:, None], self._sin[r][:, None]
 
-
-def _is_compiled(after: Tensor) -> bool:
-    """Return whether the rounds `(krot, K, g)` run in compiled code."""
-    krot, _, group_size = after.shape
-    fits = krot > 0 and group_size % 16 == 0 and group_size <= 128
-    return fits and compiled.has_loops_for(after)
+    def _is_compiled(self) -> bool:
+        fits = len(self._after) > 0 and self._group_size % 16 == 0 and self._group_size <= 128
+        return fits and compiled.has_loops_for(self._after)

@@ -172,7 +172,7 @@ class _Problem:
     def __init__(self, weight: Tensor, gram: Tensor, start: RoundedWeight, bits: int | Tensor, group_size: int) -> None:
         self.target = weight.to(gram.dtype).t().contiguous()
         self.gram = gram
-        self.scales, self.zeros = start.scales.t().contiguous(), start.zeros.t().contiguous()
+        self.scales, self.zeros = (one.to(gram.dtype).t().contiguous() for one in (start.scales, start.zeros))
         self.group_size = group_size
         self.low, self.high = -self.zeros, quant_maxima(bits) - self.zeros
         self.steps = start.codes.t().to(gram.dtype).contiguous() - self.zeros.repeat_interleave(group_size, 0)

@@ -10,7 +10,6 @@ The operators, registered by the loaded library, are
         Tensor x, Tensor[] rotations, Tensor[] weights, Tensor[] scales, Tensor[] zeros, Tensor?[] biases,
         int group_size, int activation_mode, int bits=4, Tensor[]? down=None, Tensor[]? up=None) -> Tensor[]
 
-    torch.ops.parofx_cpu.round_columns, dense_rounds: what calibration does most (`csrc/kernels.h` has the formulas)
 
 with `x (..., K)` in fp32, bf16 or fp16 and any strides; one output `(..., N_i)` per linear, contiguous, of x's dtype;
 `rotations` one for all linears or one for each, an empty tensor meaning none; `weights`, `scales`, `zeros` and
@@ -23,6 +22,15 @@ whose codes have one width: lists take longer to pass than tensors. They have no
 `down (r, K)` and `up (r, N)`, fp16, are a low-rank correction: `(x_rot · downᵀ) · up` is added, computed in fp32 from
 the rotated activations before these are quantized.
 
+What calibration does most has operators of its own, which write into what they are given and are not to be traced;
+`csrc/kernels.h` has the formulas, `parofx.calibration.column_blocks` and `dense_rounds` say what the tensors are:
+
+    torch.ops.parofx_cpu.round_columns(
+        Tensor(a!) steps, Tensor(b!) changes, Tensor base, Tensor coupling, Tensor channels, Tensor scales, Tensor low,
+        Tensor high, int group_size, Tensor? exact=None, Tensor? curvature=None) -> ()
+    torch.ops.parofx_cpu.dense_rounds(
+        Tensor(a!) after, Tensor partners, Tensor cosines, Tensor sines, Tensor? grad=None, Tensor(b!)? crossed=None)
+
 Where activations are multiplied "as they are", one row of bf16 and any number of rows of fp16 and fp32 are held as
 24-bit integers per (row, group) on the AVX512_BF16 and AMX paths: at most 2^-24 of the group's largest value is lost.
 More rows of bf16 are rounded to bf16 after the rotation.
@@ -30,6 +38,7 @@ More rows of bf16 are rounded to bf16 after the rotation.
 Environment: `CXX`, `PAROFX_CACHE`, and `PAROFX_CPU_ISA` = scalar | avx2 | avx512 | avx512_bf16 | amx, read at loading.
 """
 
+import copy
 import threading
 import warnings
 from pathlib import Path
@@ -83,12 +92,13 @@ def load() -> None:
         if _library is not None:
             return
         if _failure is not None:
-            raise _failure
+            raise copy.copy(_failure)
         try:
             path = build_library()
             _register(path)
         except Exception as error:
-            _failure = error
+            # An exception that was raised holds the frames it went through, and all their tensors; a copy does not.
+            _failure = copy.copy(error)
             raise
         _library = path
 

@@ -7,6 +7,7 @@ finished library appears by renaming, so no process ever sees half of one.
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -24,6 +25,8 @@ import torch
 
 SOURCES = Path(__file__).parent / "csrc"
 TIMEOUT_SECONDS = 300
+
+logger = logging.getLogger("parofx")
 
 
 class BuildUnavailableError(RuntimeError):
@@ -143,8 +146,18 @@ def build_library() -> Path:
         )
     with _locked(folder / f"{name}.lock"):
         if not target.exists():
+            _announce(target)
             _compile(compiler, target)
     return target
+
+
+def _announce(target: Path) -> None:
+    """Tell who waits at a terminal why; logs have it at the level of information."""
+    message = f"compiling parofx's CPU kernels into {target.parent}, once; this takes about a minute"
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{message}\n")
+    else:
+        logger.info(message)
 
 
 def _compile(compiler: list[str], target: Path) -> None:

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
+from libraries import both_ways, needs_library
 
 from parofx import cpu_ops
-from parofx.calibration import dense_rounds
+from parofx.calibration import compiled
 from parofx.calibration.dense_rounds import DenseRounds
-from parofx.cpu_ops import build
 from parofx.errors import ShapeError
 from parofx.pairing import make_pairs
 from parofx.rotation import dense_form
@@ -15,23 +15,20 @@ from parofx.rotation import dense_form
 TOLERANCE = 1e-5
 
 
+@pytest.mark.parametrize("in_cpp", both_ways)
 @given(
-    group_size=st.sampled_from([2, 6, 16, 48]),
+    group_size=st.sampled_from([2, 6, 16, 32, 48, 64, 128]),
     groups=st.integers(1, 3),
     krot=st.integers(0, 8),
     method=st.sampled_from(["matching", "greedy"]),
     seed=st.integers(0, 99),
-    in_cpp=st.booleans(),
 )
 def test_matrices_and_gradient_are_those_of_dense_form(
-    group_size: int, groups: int, krot: int, method: str, seed: int, in_cpp: bool
+    in_cpp: bool, group_size: int, groups: int, krot: int, method: str, seed: int
 ) -> None:
-    assume(not in_cpp or build.find_compiler() is not None)
-    if in_cpp:
-        cpu_ops.load()  # fails where the build does
     with pytest.MonkeyPatch.context() as patch:
         if not in_cpp:
-            patch.setattr(dense_rounds, "_is_compiled", lambda _: False)
+            patch.setattr(compiled, "has_loops_for", lambda _: False)
         check_matrices_and_gradient(group_size, groups, krot, method, seed)
 
 
@@ -39,6 +36,7 @@ def check_matrices_and_gradient(group_size: int, groups: int, krot: int, method:
     generator = torch.Generator().manual_seed(seed)
     pairs = make_pairs(groups * group_size, group_size, krot, method=method, seed=seed)
     rounds = DenseRounds(pairs, group_size)
+    rounds._after.fill_(torch.nan)
     for _ in range(2):  # the second use must not see the first
         theta = torch.randn(krot, groups * group_size // 2, generator=generator).requires_grad_()
         grad = torch.randn(groups, group_size, group_size, generator=generator)
@@ -53,7 +51,21 @@ def test_group_size_that_does_not_divide() -> None:
         DenseRounds(torch.zeros(1, 10, dtype=torch.int16), 4)
 
 
-@pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
+def test_pairs_that_leave_channels_out() -> None:
+    with pytest.raises(ShapeError, match="pairs: round 1, group 0 must be a permutation"):
+        DenseRounds(torch.tensor([[0, 1, 2, 3], [0, 0, 1, 2]], dtype=torch.int16), 4)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_computed_with_in_fp32(dtype: torch.dtype) -> None:
+    rounds = DenseRounds(make_pairs(32, 16, 2, method="greedy", seed=0), 16)
+    theta, grad = torch.linspace(-2, 2, 32).view(2, 16).to(dtype), torch.linspace(-1, 1, 512).view(2, 16, 16).to(dtype)
+    expected = rounds.forward(theta.float()).clone(), rounds.backward(grad.float())
+    torch.testing.assert_close((rounds.forward(theta), rounds.backward(grad)), expected, rtol=0, atol=0)
+
+
+@needs_library
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from parofx import affine, rotation
 from parofx.calibration import range_objective
-from parofx.calibration.activation_energy import DiagonalEnergy, FeedbackEnergy
+from parofx.calibration.activation_energy import ActivationEnergy, DiagonalEnergy, FeedbackEnergy
 from parofx.calibration.guess_power import guess_power
 from parofx.calibration.range_objective import RangeObjective, TransformFit, fit_transform
 from parofx.config import CalibrationConfig
@@ -98,20 +99,40 @@ def test_gradients_are_those_of_autograd(groups: int, krot: int, method: str, se
     torch.testing.assert_close(grad_log_alpha, log_alpha.grad, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+class FirstGradients:
+    """An energy whose gradients are those of the first call."""
+
+    is_costly = False
+
+    def __init__(self, energy: ActivationEnergy) -> None:
+        self._energy, self._first = energy, None
+
+    def gradients(self, matrices: Tensor, alpha: Tensor) -> tuple[Tensor | None, Tensor]:
+        if self._first is None:
+            self._first = self._energy.gradients(matrices, alpha)
+        return self._first
+
+
 @pytest.mark.parametrize("costly", [False, True])
 def test_only_costly_gradients_of_the_energy_serve_two_steps(costly: bool) -> None:
     rows, pairs = normal(12, 2 * GROUP), make_pairs(2 * GROUP, GROUP, 2, seed=0)
     gram = torch.eye(2 * GROUP) + 0.1 * normal(2 * GROUP, 5) @ normal(5, 2 * GROUP)
     gram = gram @ gram.t()
     energy = FeedbackEnergy(gram, GROUP, 0.1) if costly else DiagonalEnergy(gram.diagonal(), GROUP)
-    states = [(normal(2, GROUP, seed=seed), normal(2 * GROUP, seed=seed)) for seed in (1, 2)]
-    objective, fresh = (RangeObjective(rows, energy, pairs, bits=4, group_size=GROUP) for _ in range(2))
-    first = objective.gradients(*states[0], slice(None), lagging=True)
-    expected = fresh.gradients(*states[0], slice(None))
-    assert all(torch.equal(one, other) for one, other in zip(first, expected, strict=True)), "there is no step before"
-    second = objective.gradients(*states[1], slice(None), lagging=True)
-    expected = fresh.gradients(*states[1], slice(None))
-    assert torch.equal(second[1], expected[1]) != costly
+    states = [(normal(2, GROUP, seed=seed), normal(2 * GROUP, seed=seed)) for seed in (1, 2, 3)]
+
+    def gradients(energy: ActivationEnergy, lagging: tuple[bool, ...] = (False, False, False)) -> list[list[Tensor]]:
+        objective = RangeObjective(rows, energy, pairs, bits=4, group_size=GROUP)
+        calls = zip(states, lagging, strict=True)
+        return [
+            [one.clone() for one in objective.gradients(*state, slice(None), lagging=lags)] for state, lags in calls
+        ]
+
+    fresh, from_the_first = gradients(energy), gradients(FirstGradients(energy))
+    # The first call has none before it to lag behind.
+    expected = [fresh[0], from_the_first[1] if costly else fresh[1], fresh[2]]
+    torch.testing.assert_close(gradients(energy, (True, True, False)), expected, rtol=0, atol=0)
+    assert not torch.equal(fresh[1][1], from_the_first[1][1])
 
 
 @given(groups=st.integers(1, 3), krot=st.integers(0, 4), with_power=st.booleans(), seed=st.integers(0, 99))

@@ -9,6 +9,7 @@ import parofx
 from parofx import ParoConfig
 from parofx.calibration.stream import BlockStream
 from parofx.errors import DataError
+from parofx.passes.graph import LINEAR
 
 CONFIG = ParoConfig(calibration=QUICK)
 
@@ -152,8 +153,13 @@ class Siblings(nn.Module):
         return result + self.second(x.sin()).sum(-1) if self.other else result
 
 
-def lengths_of(model: nn.Module, **inputs: Tensor) -> list[Tensor | None]:
-    stream = BlockStream(prepared(model, inputs), [inputs])
+def lengths_of(model: nn.Module, *, by_keyword: bool = False, **inputs: Tensor) -> list[Tensor | None]:
+    gm = prepared(model, inputs)
+    if by_keyword:
+        for node in gm.graph.find_nodes(op="call_function", target=LINEAR):
+            node.args, node.kwargs = node.args[:2], {"bias": None}
+        gm.recompile()
+    stream = BlockStream(gm, [inputs])
     found = []
     measured = {"first": frozenset({"first", "second"})}
     for segment in stream.segments:
@@ -173,6 +179,12 @@ def test_lengths_are_those_of_what_all_siblings_make_of_the_rows():
     assert lengths.shape == (10,)
     (lengths,) = lengths_of(Siblings(), x=x, attention_mask=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]))
     assert lengths.shape == (7,)
+
+
+@torch.no_grad()
+def test_lengths_are_left_out_where_linears_have_arguments_by_keyword():
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    assert lengths_of(Siblings(), by_keyword=True, x=x) == [None]
 
 
 @torch.no_grad()

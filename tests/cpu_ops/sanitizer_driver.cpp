@@ -127,7 +127,7 @@ int round_block(int columns, int64_t rows, bool descent) {
   const std::vector<float> high(groups * rows, 8.0f);
   std::vector<float> steps(groups * group_size * rows, 1.0f);
   std::vector<float> changes(columns * rows, NAN);
-  parofx::RoundingJob job{};
+  parofx::ColumnsJob job{};
   job.columns = columns;
   job.rows = rows;
   job.group_size = group_size;
@@ -141,7 +141,7 @@ int round_block(int columns, int64_t rows, bool descent) {
   job.high = high.data();
   job.steps = steps.data();
   job.changes = changes.data();
-  parofx::run_rounding(job, 2);
+  parofx::run_round_columns(job, 2);
   int wrong = 0;
   for (const float change : changes) wrong += !(std::fabs(change) <= 2.0f);
   for (const float step : steps) wrong += !(step >= -7.0f && step <= 8.0f);
@@ -159,7 +159,7 @@ int multiply_rounds(int group_size, int rounds) {
   std::vector<float> after(rounds * in_features * group_size, NAN);
   const std::vector<float> grad(in_features * group_size, 1.0f);
   std::vector<float> crossed(rounds * in_features, NAN);
-  parofx::RoundsJob job{};
+  parofx::DenseRoundsJob job{};
   job.rounds = rounds;
   job.group_size = group_size;
   job.in_features = in_features;
@@ -167,10 +167,10 @@ int multiply_rounds(int group_size, int rounds) {
   job.cosines = cosines.data();
   job.sines = sines.data();
   job.after = after.data();
-  parofx::run_rounds(job, 2);
+  parofx::run_dense_rounds(job, 2);
   job.grad = grad.data();
   job.crossed = crossed.data();
-  parofx::run_rounds(job, 2);
+  parofx::run_dense_rounds(job, 2);
   int wrong = 0;
   for (size_t row = 0; row < after.size(); row += group_size) {
     float squares = 0.0f;

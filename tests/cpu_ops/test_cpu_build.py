@@ -65,6 +65,32 @@ def test_without_a_compiler_there_is_one_warning_and_no_provider(tmp_path: Path)
     assert output.strip() == "done", errors
 
 
+def test_asking_again_keeps_nothing_of_who_asked(tmp_path: Path) -> None:
+    code = """
+        import warnings, weakref
+        from parofx import cpu_ops
+
+        warnings.simplefilter("ignore")
+
+        class Held:
+            pass
+
+        def ask(how):
+            held = Held()
+            try:
+                how()
+            except cpu_ops.BuildUnavailableError:
+                pass
+            return weakref.ref(held)
+
+        questions = cpu_ops.load, cpu_ops.load, cpu_ops.is_available, cpu_ops.why_unavailable
+        print([ask(question)() for question in questions])
+    """
+    run = python(code, PAROFX_CACHE=str(tmp_path), CXX="/nowhere/cxx")
+    output, errors = run.communicate(timeout=120)
+    assert output.strip() == str([None] * 4), errors
+
+
 def test_a_failing_compiler_raises_with_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, "#!/bin/sh\necho 'strange flag' >&2\nexit 3\n"))
     monkeypatch.setenv("PAROFX_CACHE", str(tmp_path / "cache"))
@@ -90,6 +116,22 @@ def test_processes_that_build_at_once_build_once(tmp_path: Path) -> None:
     assert len(paths) == 1, results
     assert Path(paths.pop()).exists()
     assert sum("-shared" in line for line in log.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("at_terminal", [False, True])
+def test_who_waits_for_the_compiler_is_told_once(tmp_path: Path, monkeypatch, capsys, caplog, at_terminal) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, FAKE_COMPILER.format(log=tmp_path / "log", delay=0)))
+    monkeypatch.setenv("PAROFX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: at_terminal, raising=False)
+    with caplog.at_level("INFO", logger="parofx"):
+        build.build_library()
+        build.build_library()
+    shown = capsys.readouterr()
+    told = shown.err.splitlines() if at_terminal else caplog.messages
+    assert len(told) == 1, (shown, caplog.messages)
+    assert str(tmp_path / "cache") in told[0]
+    assert not shown.out
+    assert not (caplog.messages if at_terminal else shown.err)
 
 
 def test_a_built_library_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,11 +232,13 @@ void multiply(const MultiplyJob& job) {
 
 void store(const StoreJob& job) { kAvx512Bf16Kernels.store(job); }
 
-void round(const RoundingJob& job, int64_t first_row, int row_count) {
-  kAvx512Bf16Kernels.round(job, first_row, row_count);
+void round_columns(const ColumnsJob& job, int64_t first_row, int row_count) {
+  kAvx512Bf16Kernels.round_columns(job, first_row, row_count);
 }
 
-void rounds(const RoundsJob& job, int64_t group) { kAvx512Bf16Kernels.rounds(job, group); }
+void dense_rounds(const DenseRoundsJob& job, int64_t group, float* workspace) {
+  kAvx512Bf16Kernels.dense_rounds(job, group, workspace);
+}
 
 } // namespace
 
@@ -246,6 +248,7 @@ bool enable_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-const Kernels kAmxKernels = {"amx", kAvx512Bf16Kernels.row_tile, choose_format, blocking, prepare, multiply, store, round, rounds};
+const Kernels kAmxKernels = {
+    "amx", kAvx512Bf16Kernels.row_tile, choose_format, blocking, prepare, multiply, store, round_columns, dense_rounds};
 
 } // namespace parofx

@@ -101,6 +101,7 @@ void multiply(const MultiplyJob& job) {
 } // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2", Simd256::kLanes, choose_format, all_groups, prepare<Avx2>, multiply, store<Simd256>, round_columns, run_rounds};
+    "avx2", Simd256::kLanes, choose_format, all_groups, prepare<Avx2>, multiply, store<Simd256>, round_columns,
+    dense_rounds};
 
 } // namespace parofx

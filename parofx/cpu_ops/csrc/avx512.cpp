@@ -46,6 +46,7 @@ void multiply(const MultiplyJob& job) {
 } // namespace
 
 const Kernels kAvx512Kernels = {
-    "avx512", Simd512::kLanes, choose_format, all_groups, prepare<Avx512>, multiply, store<Simd512>, round_columns, run_rounds};
+    "avx512", Simd512::kLanes, choose_format, all_groups, prepare<Avx512>, multiply, store<Simd512>, round_columns,
+    dense_rounds};
 
 } // namespace parofx

@@ -110,6 +110,7 @@ void multiply(const MultiplyJob& job) {
 } // namespace
 
 const Kernels kAvx512Bf16Kernels = {
-    "avx512_bf16", kRowsAtOnce, choose_format, all_groups, prepare_rows, multiply, store<Simd512>, round_columns, run_rounds};
+    "avx512_bf16", kRowsAtOnce, choose_format, all_groups, prepare_rows, multiply, store<Simd512>, round_columns,
+    dense_rounds};
 
 } // namespace parofx

@@ -6,9 +6,9 @@
 namespace parofx {
 
 // Rounds one block of a weight's columns.
-void run_rounding(const RoundingJob& job, int threads);
+void run_round_columns(const ColumnsJob& job, int threads);
 
 // Multiplies the rounds of a rotation, or takes their gradient.
-void run_rounds(const RoundsJob& job, int threads);
+void run_dense_rounds(const DenseRoundsJob& job, int threads);
 
 } // namespace parofx

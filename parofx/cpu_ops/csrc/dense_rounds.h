@@ -9,7 +9,7 @@
 namespace parofx {
 namespace {
 
-inline void rounds_forward(const RoundsJob& job, int64_t group) {
+inline void rounds_forward(const DenseRoundsJob& job, int64_t group) {
   const int g = job.group_size;
   const int64_t first = group * g;
   for (int round = 0; round < job.rounds; ++round) {
@@ -34,15 +34,14 @@ inline void rounds_forward(const RoundsJob& job, int64_t group) {
   }
 }
 
-inline void rounds_backward(const RoundsJob& job, int64_t group) {
+inline void rounds_backward(const DenseRoundsJob& job, int64_t group, float* workspace) {
   const int g = job.group_size;
   const int64_t first = group * g;
-  alignas(64) float buffers[2][kMaxGroupSize * kMaxGroupSize];
   const float* grad = job.grad + first * g;
   for (int round = job.rounds - 1; round >= 0; --round) {
     const int64_t row = round * job.in_features + first;
     const float* after = job.after + row * g;
-    float* rotated_back = buffers[round % 2];
+    float* rotated_back = workspace + round % 2 * g * g;
     for (int channel = 0; channel < g; ++channel) {
       const int64_t partner = job.partners[row + channel] - first;
       const float* own = grad + channel * g;
@@ -65,8 +64,8 @@ inline void rounds_backward(const RoundsJob& job, int64_t group) {
   }
 }
 
-inline void run_rounds(const RoundsJob& job, int64_t group) {
-  job.grad ? rounds_backward(job, group) : rounds_forward(job, group);
+inline void dense_rounds(const DenseRoundsJob& job, int64_t group, float* workspace) {
+  job.grad ? rounds_backward(job, group, workspace) : rounds_forward(job, group);
 }
 
 } // namespace

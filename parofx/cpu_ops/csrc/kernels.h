@@ -1,6 +1,7 @@
 // What an instruction set provides: three functions on one piece of a linear, which activation format it wants, and
 // what calibration does most.
-// Every function is single-threaded, allocates nothing and throws nothing; linear.cpp splits the work.
+// Every function is single-threaded, allocates nothing and throws nothing: linear.cpp and calibration.cpp split the
+// work.
 #pragma once
 
 #include <cstdint>
@@ -128,12 +129,12 @@ struct StoreJob {
   int64_t row_stride;
 };
 
-// Of one block of a weight's columns, one after the other: calibration's error feedback (GPTQ) and coordinate descent.
+// One block of a weight's columns, one after the other: calibration's error feedback (GPTQ) and coordinate descent.
 // Weights are channels first, (K, N), and rows of the model's weight, N, lie side by side. What the columns d before a
 // column c changed moves it by Σ_d coupling[c][d] · change[d]; its steps (codes minus zeros) and change are
-//   feedback  clamp(round((base[c] + …) / scale)), exact[c] − steps · scale             the last column comes first
+//   feedback  clamp(round((base[c] + …) / scale)), exact[c] − steps · scale; the last column comes first
 //   descent   clamp(round(steps + (base[c] + …) / (scale · curvature[c]))), what it moved the weight by
-struct RoundingJob {
+struct ColumnsJob {
   int columns; // of the block
   int64_t rows; // N
   int64_t group_size;
@@ -149,13 +150,13 @@ struct RoundingJob {
   float* changes; // out: (columns, N)
 };
 
-constexpr int kRoundingColumns = 128; // at most, in a block
-constexpr int kRoundingRows = 64; // of one call
+constexpr int kColumnsAtMost = 128; // in a block
+constexpr int kRowsOfColumns = 64; // of one call
 
 // The rounds of a rotation applied to the identity of every group, or the gradient for that. With a channel's partner p
 //   forward   after[r][c] = cosines[r][c] · after[r − 1][c] + sines[r][c] · after[r − 1][p]
 //   backward  crossed[r][c] = Σ after[r][p] · grad[c], then grad[c] = cosines[r][c] · grad[c] − sines[r][c] · grad[p]
-struct RoundsJob {
+struct DenseRoundsJob {
   int rounds;
   int group_size; // a multiple of 16
   int64_t in_features;
@@ -165,6 +166,9 @@ struct RoundsJob {
   float* after; // (rounds, K, g), out, or in for the gradient
   const float* grad; // (K, g); null: forward
   float* crossed; // out: (rounds, K)
+
+  // Floats that one call needs to itself.
+  int64_t workspace_size() const { return grad ? int64_t{2} * group_size * group_size : 0; }
 };
 
 struct Kernels {
@@ -176,8 +180,8 @@ struct Kernels {
   void (*prepare)(const PrepareJob& job, int64_t group, int64_t row_begin, int64_t row_end);
   void (*multiply)(const MultiplyJob& job);
   void (*store)(const StoreJob& job);
-  void (*round)(const RoundingJob& job, int64_t first_row, int row_count);
-  void (*rounds)(const RoundsJob& job, int64_t group);
+  void (*round_columns)(const ColumnsJob& job, int64_t first_row, int row_count);
+  void (*dense_rounds)(const DenseRoundsJob& job, int64_t group, float* workspace);
 };
 
 extern const Kernels kScalarKernels;

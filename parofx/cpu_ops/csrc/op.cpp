@@ -1,4 +1,4 @@
-// parofx_cpu::rotate_linear, rotate_int4_linear, round_columns, dense_rounds and isa on torch's stable ABI: checks, outputs, and one call.
+// The operators of parofx_cpu on torch's stable ABI: checks, outputs, and one call.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -234,13 +234,19 @@ std::vector<Tensor> rotate_int4_linear(
   return outputs;
 }
 
-const float* read_floats(const Tensor& tensor, int64_t rows, int64_t columns, const char* what) {
+std::string shape_of(const Tensor& tensor) {
+  std::string shape = "(";
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) shape += (dim ? ", " : "") + std::to_string(tensor.size(dim));
+  return shape + ")";
+}
+
+float* floats(const Tensor& tensor, int64_t rows, int64_t columns, const char* what) {
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.dim() == 2 &&
           tensor.size(0) == rows && tensor.size(1) == columns,
-      kName, ": ", what, " must be a contiguous fp32 CPU tensor (", rows, ", ", columns, "), got ", tensor.numel(),
-      " elements of ", torch::headeronly::toString(tensor.scalar_type()), " in ", tensor.dim(), " dimensions");
-  return static_cast<const float*>(tensor.data_ptr());
+      kName, ": ", what, " must be a contiguous fp32 CPU tensor (", rows, ", ", columns, "), got ", shape_of(tensor),
+      " of ", torch::headeronly::toString(tensor.scalar_type()), ", contiguous: ", tensor.is_contiguous());
+  return static_cast<float*>(tensor.data_ptr());
 }
 
 void round_columns(
@@ -250,18 +256,18 @@ void round_columns(
       exact.has_value() != curvature.has_value(), kName, ": give exact for feedback, or curvature for descent, not both");
   STD_TORCH_CHECK(
       steps.dim() == 2 && group_size > 0 && steps.size(0) % group_size == 0, kName, ": steps must be (K, N) with K ",
-      "divisible by group_size ", group_size, ", got ", steps.numel(), " elements in ", steps.dim(), " dimensions");
+      "divisible by group_size ", group_size, ", got ", shape_of(steps));
   const int64_t in_features = steps.size(0);
   const int64_t rows = steps.size(1);
   const int64_t groups = in_features / group_size;
   const int64_t columns = channels.numel();
   STD_TORCH_CHECK(
-      columns <= parofx::kRoundingColumns, kName, ": a block has at most ", parofx::kRoundingColumns,
+      columns <= parofx::kColumnsAtMost, kName, ": a block has at most ", parofx::kColumnsAtMost,
       " columns, got ", columns);
   STD_TORCH_CHECK(
       channels.is_cpu() && channels.scalar_type() == ScalarType::Long && channels.is_contiguous(), kName,
       ": channels must be a contiguous int64 CPU tensor, got ", torch::headeronly::toString(channels.scalar_type()));
-  parofx::RoundingJob job{};
+  parofx::ColumnsJob job{};
   job.columns = static_cast<int>(columns);
   job.rows = rows;
   job.group_size = group_size;
@@ -269,18 +275,18 @@ void round_columns(
   for (int64_t column = 0; column < columns; ++column) {
     const int64_t channel = job.channels[column];
     STD_TORCH_CHECK(
-        channel >= 0 && channel < in_features, kName, ": channels must be below ", in_features, ", got ", channel);
+        channel >= 0 && channel < in_features, kName, ": channels must be in [0, ", in_features, "), got ", channel);
   }
-  job.base = read_floats(base, columns, rows, "base");
-  job.exact = exact ? read_floats(*exact, columns, rows, "exact") : nullptr;
-  job.coupling = read_floats(coupling, columns, columns, "coupling");
-  job.curvature = curvature ? read_floats(*curvature, 1, columns, "curvature") : nullptr;
-  job.scales = read_floats(scales, groups, rows, "scales");
-  job.low = read_floats(low, groups, rows, "low");
-  job.high = read_floats(high, groups, rows, "high");
-  job.steps = const_cast<float*>(read_floats(steps, in_features, rows, "steps"));
-  job.changes = const_cast<float*>(read_floats(changes, columns, rows, "changes"));
-  parofx::run_rounding(job, thread_count());
+  job.base = floats(base, columns, rows, "base");
+  job.exact = exact ? floats(*exact, columns, rows, "exact") : nullptr;
+  job.coupling = floats(coupling, columns, columns, "coupling");
+  job.curvature = curvature ? floats(*curvature, 1, columns, "curvature") : nullptr;
+  job.scales = floats(scales, groups, rows, "scales");
+  job.low = floats(low, groups, rows, "low");
+  job.high = floats(high, groups, rows, "high");
+  job.steps = floats(steps, in_features, rows, "steps");
+  job.changes = floats(changes, columns, rows, "changes");
+  parofx::run_round_columns(job, thread_count());
 }
 
 // `after` and its parts are (rounds, K, g); without `grad` it is written, with it `crossed` is.
@@ -288,7 +294,7 @@ void dense_rounds(
     Tensor after, Tensor partners, Tensor cosines, Tensor sines, std::optional<Tensor> grad,
     std::optional<Tensor> crossed) {
   STD_TORCH_CHECK(after.dim() == 3 && after.is_contiguous(), kName, ": after must be contiguous (rounds, K, g)");
-  parofx::RoundsJob job{};
+  parofx::DenseRoundsJob job{};
   job.rounds = static_cast<int>(after.size(0));
   job.in_features = after.size(1);
   job.group_size = static_cast<int>(after.size(2));
@@ -311,18 +317,18 @@ void dense_rounds(
     }
   }
   STD_TORCH_CHECK(inside, kName, ": partners must be channels of the same group");
-  job.cosines = read_floats(cosines, job.rounds, job.in_features, "cosines");
-  job.sines = read_floats(sines, job.rounds, job.in_features, "sines");
+  job.cosines = floats(cosines, job.rounds, job.in_features, "cosines");
+  job.sines = floats(sines, job.rounds, job.in_features, "sines");
   STD_TORCH_CHECK(
       after.is_cpu() && after.scalar_type() == ScalarType::Float, kName, ": after must be an fp32 CPU tensor, got ",
       torch::headeronly::toString(after.scalar_type()));
   job.after = static_cast<float*>(after.data_ptr());
   STD_TORCH_CHECK(grad.has_value() == crossed.has_value(), kName, ": give both grad and crossed, or none");
   if (grad) {
-    job.grad = read_floats(*grad, job.in_features, job.group_size, "grad");
-    job.crossed = const_cast<float*>(read_floats(*crossed, job.rounds, job.in_features, "crossed"));
+    job.grad = floats(*grad, job.in_features, job.group_size, "grad");
+    job.crossed = floats(*crossed, job.rounds, job.in_features, "crossed");
   }
-  parofx::run_rounds(job, thread_count());
+  parofx::run_dense_rounds(job, thread_count());
 }
 
 std::string isa() { return parofx::active_kernels().isa; }

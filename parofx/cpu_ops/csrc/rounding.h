@@ -10,15 +10,15 @@ namespace parofx {
 namespace {
 
 template <bool kDescent>
-void round_tile(const RoundingJob& job, int64_t first, int rows) {
-  alignas(64) float changes[kRoundingColumns][kRoundingRows]; // rows past the last are computed, and read by none
+void round_tile(const ColumnsJob& job, int64_t first, int rows) {
+  alignas(64) float changes[kColumnsAtMost][kRowsOfColumns]; // zeros past the last row
   for (int turn = 0; turn < job.columns; ++turn) {
     const int column = kDescent ? turn : job.columns - 1 - turn;
     const float* coupling = job.coupling + column * job.columns;
-    alignas(64) float taken_over[kRoundingRows] = {};
+    alignas(64) float taken_over[kRowsOfColumns] = {};
     for (int earlier = 0; earlier < turn; ++earlier) {
       const float factor = coupling[kDescent ? earlier : job.columns - 1 - earlier];
-      for (int row = 0; row < kRoundingRows; ++row) taken_over[row] += factor * changes[earlier][row];
+      for (int row = 0; row < kRowsOfColumns; ++row) taken_over[row] += factor * changes[earlier][row];
     }
     const int64_t channel = job.channels[column];
     const int64_t grid = channel / job.group_size * job.rows + first;
@@ -41,11 +41,11 @@ void round_tile(const RoundingJob& job, int64_t first, int rows) {
       changes[turn][row] = change;
       out[row] = change;
     }
-    for (int row = rows; row < kRoundingRows; ++row) changes[turn][row] = 0.0f;
+    for (int row = rows; row < kRowsOfColumns; ++row) changes[turn][row] = 0.0f;
   }
 }
 
-inline void round_columns(const RoundingJob& job, int64_t first, int rows) {
+inline void round_columns(const ColumnsJob& job, int64_t first, int rows) {
   job.curvature ? round_tile<true>(job, first, rows) : round_tile<false>(job, first, rows);
 }
 

@@ -168,6 +168,7 @@ void store(const StoreJob& job) {
 
 } // namespace
 
-const Kernels kScalarKernels = {"scalar", 1, choose_format, all_groups, prepare, multiply, store, round_columns, run_rounds};
+const Kernels kScalarKernels = {
+    "scalar", 1, choose_format, all_groups, prepare, multiply, store, round_columns, dense_rounds};
 
 } // namespace parofx
