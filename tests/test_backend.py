@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from fp64 import relative_error, run
+from libraries import needs_library
 from rounded import round_model
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -23,7 +24,7 @@ from torch.nn.functional import linear
 from zoo import LLAMA_LIKE, ZOO, decoder, tokens
 
 import parofx
-from parofx import CalibrationConfig, ParoConfig, ParoLinear, cpu_ops
+from parofx import CalibrationConfig, ParoConfig, ParoLinear
 from parofx.passes import census
 from parofx.passes.calibrate import Calibrate
 from parofx.passes.capture import complete_inputs
@@ -196,7 +197,7 @@ def test_graphs_share_packed_tensors(spy):
         assert not float_weights & {*first, *second}, "no graph reads a float weight"
 
 
-@pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="needs a C++ compiler")
+@needs_library
 @pytest.mark.parametrize("bits", [{}, {"0": 3, "2": 8, "3.q": 3, "3.k": 3}], ids=["4 bits", "other widths"])
 def test_a_lowered_model_holds_one_copy_of_its_weights(bits):
     """Prefill, decode and dynamic graphs read the modules' own tensors; merged siblings are slices of one buffer."""
@@ -271,7 +272,7 @@ def test_paro_linears_through_inductor(dtype):
     assert relative_error(result, quietly(model, x)) < tolerance
 
 
-@pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="no C++ compiler")
+@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_int8_activations_differ_from_float_by_their_rounding_only(dtype, spy):
     model, x = paro_net().to(dtype), inputs().to(dtype)

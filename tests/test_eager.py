@@ -6,15 +6,15 @@ import pickle
 import pytest
 import torch
 from fp64 import relative_error
+from libraries import needs_library
 from test_nn_layout import GROUP, N, reference, same, some_input, some_linear
 from torch import nn
 
 import parofx
-from parofx import cpu_ops
 from parofx.cpu_ops.packed_linear import CpuLayout
 from parofx.errors import ConfigError, LoweringError
 
-pytestmark = pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="needs a C++ compiler")
+pytestmark = needs_library
 #: Half a step of a 127th of a group's largest value, over many channels.
 INT8 = 2e-2
 

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from fp64 import relative_error
+from libraries import needs_library
 from rounded import random_rotation, round_linear
 from torch import nn
 
@@ -16,7 +17,7 @@ from parofx.cpu_ops.packed_linear import CpuLayout
 from parofx.errors import ShapeError
 from parofx.nn import ROTATION_NAMES, TENSOR_NAMES, ParoLinear
 
-pytestmark = pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="needs a C++ compiler")
+pytestmark = needs_library
 
 #: The kernels against the reference in fp32: other orders of summation.
 FP32 = 1e-5

@@ -7,12 +7,13 @@ from pathlib import Path
 import graphs
 import pytest
 import torch
+from libraries import needs_library
 from safetensors.torch import load_file, save_file
 
 import parofx
 from parofx import cpu_ops
 
-pytestmark = pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="no C++ compiler")
+pytestmark = needs_library
 #: Ways to have the operators registered: with parofx, and with nothing but its shared library.
 LOADING = {
     "parofx": "from parofx import cpu_ops; cpu_ops.load()",

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from cpu_problem import make_problem
+from libraries import needs_library
 from torch import Tensor
 
-from parofx import cpu_ops
-
-pytestmark = pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="no C++ compiler")
+pytestmark = needs_library
 #: Output widths and bits: `rotate_linear` with each number of bits, and `rotate_int4_linear`.
 each_operator = pytest.mark.parametrize(
     ("out_features", "bits"),

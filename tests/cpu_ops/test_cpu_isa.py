@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from libraries import needs_library
 
 from parofx import cpu_ops
 
-pytestmark = pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="no C++ compiler")
+pytestmark = needs_library
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "scalar")
 
 

@@ -9,11 +9,12 @@ import torch
 from cpu_problem import Problem, make_problem
 from hypothesis import given
 from hypothesis import strategies as st
+from libraries import needs_library
 from torch import Tensor
 
 from parofx import cpu_ops
 
-pytestmark = pytest.mark.skipif(cpu_ops.why_unavailable() is not None, reason="no C++ compiler")
+pytestmark = needs_library
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
