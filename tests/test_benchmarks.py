@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import graphs
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import parofx
-from benchmarks import _ggml, _tiles
+from benchmarks import _ggml, _tiles, accuracy
 from benchmarks._cpu_peers import PEERS, Codes, output_of
 from benchmarks._shared_statistics import SharedStatistics
 from parofx import CalibrationConfig, ParoConfig
@@ -70,6 +72,18 @@ def test_tiles_are_configured_anew() -> None:
         pytest.skip("the processor has no AMX")
     _tiles.restore(1)
     assert _tiles.current() == _tiles.CONFIGURATION
+
+
+def test_resumed_tables_have_rows_of_one_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = argparse.Namespace(resume=True, **dict.fromkeys(accuracy._COMMON, "same"))
+    row, target = "parofx fast", tmp_path / "accuracy.json"
+    rows = {"float": {}, "a peer": {}, row: {"settings": accuracy._settings_of(row)}}
+    accuracy._save(rows, options, target)
+    assert accuracy._earlier_rows(options, target) == rows
+    config, with_data = accuracy.ROWS[row]
+    monkeypatch.setitem(accuracy.ROWS, row, (replace(config, krot=3), with_data))
+    with pytest.raises(SystemExit, match="has rows of other settings: parofx fast"):
+        accuracy._earlier_rows(options, target)
 
 
 def test_runs_that_share_statistics_find_what_they_find_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ The operators, registered by the loaded library, are
         Tensor x, Tensor[] rotations, Tensor[] weights, Tensor[] scales, Tensor[] zeros, Tensor?[] biases,
         int group_size, int activation_mode, int bits=4, Tensor[]? down=None, Tensor[]? up=None) -> Tensor[]
 
-
 with `x (..., K)` in fp32, bf16 or fp16 and any strides; one output `(..., N_i)` per linear, contiguous, of x's dtype;
 `rotations` one for all linears or one for each, an empty tensor meaning none; `weights`, `scales`, `zeros` and
 `rotations` as `pack_weight` (`pack_plane_weight` for 3 bits, `pack_byte_weight` for 8) and `pack_rotation` return them;

@@ -71,7 +71,6 @@ def test_every_column_is_nearest_to_what_those_before_it_leave(in_cpp, kind, col
 
 @needs_library
 def test_not_a_number_stays_one():
-    cpu_ops.load()
     steps, block, grid, exact, curvature = problem(3, 5, 0)
     block.base[1, 2] = torch.nan
     found, _ = run("feedback", steps, block, grid, exact, curvature)
@@ -106,7 +105,6 @@ def test_wrong_arguments_of_the_operator_are_refused(wrong, message):
         "group_size": 4,
         "exact": torch.zeros(3, 5),
     }
-    cpu_ops.load()
     with pytest.raises(RuntimeError, match=message):
         torch.ops.parofx_cpu.round_columns(**(arguments | wrong))
 

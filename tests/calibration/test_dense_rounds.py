@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libraries import both_ways, needs_library
 
-from parofx import cpu_ops
 from parofx.calibration import compiled
 from parofx.calibration.dense_rounds import DenseRounds
 from parofx.errors import ShapeError
@@ -84,6 +83,5 @@ def test_wrong_arguments_of_the_operator_are_refused(wrong: dict[str, torch.Tens
         "cosines": torch.ones(2, 32),
         "sines": torch.zeros(2, 32),
     }
-    cpu_ops.load()
     with pytest.raises(RuntimeError, match=message):
         torch.ops.parofx_cpu.dense_rounds(**(given | wrong))

@@ -114,6 +114,25 @@ def test_moments_may_have_any_strides(sweeps):
     assert torch.equal(found.codes, round_with_feedback(wide, gram.t().contiguous(), scales, zeros, **options).codes)
 
 
+@pytest.mark.parametrize(
+    ("scale_dtype", "zero_dtype", "gram_dtype"),
+    [
+        (torch.float32, torch.int32, torch.float32),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float32, torch.float32, torch.float64),
+    ],
+    ids=str,
+)
+def test_grids_may_be_of_other_dtypes_than_moments(scale_dtype, zero_dtype, gram_dtype):
+    weight, gram = normal(6, 12), damped(correlated_gram(12), 0.1)
+    scales, zeros = affine.choose_qparams(weight, 4, GROUP)
+    options = {"bits": 4, "group_size": GROUP, "sweeps": 1}
+    expected = round_with_feedback(weight, gram, scales, zeros, **options)
+    found = round_with_feedback(weight, gram.to(gram_dtype), scales.to(scale_dtype), zeros.to(zero_dtype), **options)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scales.float(), expected.scales)
+
+
 def test_uncorrelated_inputs_are_rounded_to_nearest():
     weight = normal(6, 2 * GROUP)
     gram = torch.diag(torch.logspace(-1, 1, 2 * GROUP))
