@@ -13,8 +13,8 @@ deviation. "of GPTQ's" is a row's perplexity gap to float over that of the GPTQ 
 Other packages quantize in environments of their own: `benchmarks/peers/` has one script per package that reads the
 calibration tokens written by `--write-tokens` and leaves a folder of plain weights, which `--peer` evaluates here.
 
-Results go to `benchmarks/results/accuracy-NAME.json`, with a plot beside it, after every run; `--resume` skips the runs
-that are there.
+Results go to `benchmarks/results/accuracy-NAME.json`, or to `--results`, with a plot beside it, after every run;
+`--resume` skips the runs that are there and are of today's settings. It does not know whether the code has changed.
 Without texts it measures SmolLM2-135M-Instruct on what every Python installation has, in a few windows.
 """
 
@@ -113,9 +113,9 @@ def main() -> None:
     calibration, windows = _data(options, tokenizer)
     if options.write_tokens:
         save_file({"input_ids": calibration}, options.write_tokens)
-    RESULTS.mkdir(exist_ok=True)
     options.digest = _digest(calibration, windows)
-    target = RESULTS / f"accuracy-{_model_name(options)}.json"
+    target = Path(options.results or RESULTS / f"accuracy-{_model_name(options)}.json")
+    target.parent.mkdir(parents=True, exist_ok=True)
     rows = _earlier_rows(options, target)
     if "float" not in rows:
         result = evaluate(model, windows, batch_size=options.batch_size, progress=True)
@@ -142,8 +142,7 @@ def main() -> None:
             saved = gathered.saved
             seconds = time.perf_counter() - start[0] + saved[0], time.process_time() - start[1] + saved[1]
             result = _evaluate(parofx.dequantize(quantized, dtype=dtype), reference, windows, options)
-            _note(rows, name, result, report.bits_per_weight, seconds, seed)
-            rows[name]["settings"] = _settings_of(name)
+            _note(rows, name, result, report.bits_per_weight, seconds, seed, settings=_settings_of(name))
             _save(rows, options, target)
             del quantized
             gc.collect()
@@ -187,6 +186,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True, help="also compare distributions")
     parser.add_argument("--kl-windows", type=int, help="windows that are compared; all of them without it")
     parser.add_argument("--markdown", help="also write the table to this file, as Markdown")
+    parser.add_argument("--results", help="JSON file for the results, instead of benchmarks/results/accuracy-NAME.json")
     parser.add_argument("--resume", action="store_true", help="keep the runs that are in the results")
     parser.add_argument(
         "--share-statistics",
@@ -290,16 +290,25 @@ def _earlier_rows(options: argparse.Namespace, target: Path) -> dict[str, Any]:
         told = ", ".join(f"{name} {found.get(name)} (now {wanted[name]})" for name in differing)
         raise SystemExit(f"--resume: {target} was measured with {told}; give the same options, or leave out --resume")
     rows: dict[str, Any] = earlier["rows"]
-    changed = [name for name in rows if name in ROWS and rows[name].get("settings") != _settings_of(name)]
+    # A row that was renamed or removed is told from a peer's by having settings.
+    changed = [
+        name
+        for name, row in rows.items()
+        if (name in ROWS or "settings" in row) and (name not in ROWS or row.get("settings") != _settings_of(name))
+    ]
     if changed:
-        raise SystemExit(f"--resume: {target} has rows of other settings: {', '.join(changed)}; leave out --resume")
-    return rows
+        kept = target.with_suffix(".earlier.json")
+        kept.write_text(target.read_text())
+        print(f"--resume: not of today's settings, and left out: {', '.join(changed)}; {kept} keeps them")
+    return {name: row for name, row in rows.items() if name not in changed}
 
 
 def _settings_of(name: str) -> dict[str, Any]:
     """Return what a row is configured to, as it is read back from a file."""
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(ROWS[name][0]), default=str))
-    return settings
+    config, with_data = ROWS[name]
+    settings = asdict(config) | {"with_data": with_data, "shares_transforms": config.shares_transforms}
+    read_back: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return read_back
 
 
 def _note(
@@ -309,12 +318,14 @@ def _note(
     bits: float,
     seconds: tuple[float, float],
     seed: int | None = None,
+    *,
+    settings: dict[str, Any] | None = None,
 ) -> None:
-    """Add a run to its row."""
+    """Add a run to its row; one of ours has settings."""
     runs = rows[name]["seeds"] if name in rows else []
     wall, cpu = seconds
     runs.append({"seed": seed, "quantize_seconds": wall, "quantize_cpu_seconds": cpu, **result.to_dict()})
-    rows[name] = {"bits_per_weight": bits, "seeds": runs}
+    rows[name] = {"bits_per_weight": bits, "seeds": runs} | ({"settings": settings} if settings else {})
     for key in _MEANS:
         values = [run[key] for run in runs]
         rows[name][key] = None if None in values else statistics.mean(values)

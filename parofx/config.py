@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -224,8 +225,8 @@ class ParoConfig:
         krot: rotation rounds; 0 leaves only the channel scales.
         modules_to_not_convert: module names or glob patterns (`"model.layers.0.*"`) left float.
         share_siblings: one transform for all linears of a block that read the same tensor. One for each is more
-            accurate, takes as many bits and rotates more often. None is as the recipe has it (`shares_transforms`): one
-            for each with `"best"`, else one for all.
+            accurate, takes as many bits and rotates more often. Unless given it is one for each with `"best"`, else one
+            for all.
         lm_head: "float" leaves the output head as it is, 4 or 8 quantizes it to so many bits. An embedding table that
             it is tied to stays float and is stored beside it.
         mixed_group_size: choose the group size per layer.
@@ -255,7 +256,7 @@ class ParoConfig:
         if not isinstance(self.bits, int) or self.bits not in PACKED_BITS:
             problems.append(
                 f"bits must be one of {PACKED_BITS}, got {self.bits!r}: the checkpoint format and the kernels know "
-                f"no other width (parofx.affine computes {QUANTIZER_BITS})"
+                "no other width"
             )
         if not isinstance(self.group_size, int) or self.group_size not in (128, *FALLBACK_GROUP_SIZES):
             problems.append(f"group_size must be one of (128, 64, 32), got {self.group_size!r}")
@@ -314,5 +315,7 @@ def _from_dict(cls: type[_Config], options: Mapping[str, Any]) -> _Config:
     accepted = [item.name for item in dataclasses.fields(cls)]
     unknown = sorted(set(options) - set(accepted))
     if unknown:
-        raise ConfigError(f"unknown {cls.__name__} options {unknown}; accepted are {accepted}")
+        close = {name: difflib.get_close_matches(name, accepted, n=1) for name in map(str, unknown)}
+        meant = "".join(f"; for {name!r} perhaps {matches[0]!r}" for name, matches in close.items() if matches)
+        raise ConfigError(f"unknown {cls.__name__} options {unknown}{meant}; accepted are {accepted}")
     return cls(**options)

@@ -32,7 +32,7 @@ from parofx.passes.lower import Lower
 from parofx.passes.merge_siblings import MergeSiblings
 from parofx.passes.transforms import find_transforms
 from parofx.pipeline import Pipeline
-from parofx.quantization import not_converted, output_heads
+from parofx.quantization import check_patterns, not_converted, output_heads
 from parofx.unwrapping import plain_module
 
 
@@ -70,6 +70,9 @@ def explain(model: nn.Module, *example_inputs: Any, config: ParoConfig | None = 
 
     Returns:
         One row per linear; `print` it.
+
+    Raises:
+        ConfigError: if `modules_to_not_convert` names what the model does not have.
     """
     model = plain_module(model)
     if not example_inputs and integrations.is_transformers_model(model):
@@ -79,7 +82,9 @@ def explain(model: nn.Module, *example_inputs: Any, config: ParoConfig | None = 
     gm = capture(model, *example_inputs)
     if any(isinstance(module, ParoLinear) for module in model.modules()):
         return _explain_quantized(model, gm)
-    pipeline = Pipeline([InsertTransforms(config or ParoConfig(), output_heads(model), replace_modules=True)])
+    config = config or ParoConfig()
+    check_patterns(model, config)
+    pipeline = Pipeline([InsertTransforms(config, output_heads(model), replace_modules=True)])
     pipeline.run(gm)
     (report,) = pipeline.reports
     _convert_structure(gm)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from parofx.checkpoint import files, layout
@@ -65,7 +66,9 @@ def load_model(
         model = _auto_class(source, options).from_pretrained(
             str(path if local else source), dtype=dtype or "auto", use_safetensors=True, **options
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if local and isinstance(error, SafetensorError):
+            files.open_folder(path)  # names the file
         raise CheckpointError(
             f"could not load {str(source)!r}: {error}\n"
             "Expected a folder, a .gguf file, or a hub id with safetensors weights. Without a network, download the "

@@ -133,7 +133,7 @@ def captured(
             f"the model is quantized already ({len(quantized)} ParoLinear modules, such as {quantized[0]!r}); quantize "
             "the float model it was made from (parofx.dequantize gives float modules, not what was rounded off)"
         )
-    _check_patterns(model, config)
+    check_patterns(model, config)
     _warn_of_an_unused_objective(config.calibration)
     if config.calibration.gradient_samples and not (calibration is not None and config.calibration.joins_outputs):
         logger.warning(
@@ -167,7 +167,7 @@ def _check_weights_exist(model: nn.Module) -> None:
         )
 
 
-def _check_patterns(model: nn.Module, config: ParoConfig) -> None:
+def check_patterns(model: nn.Module, config: ParoConfig) -> None:
     """Refuse an exclusion that excludes nothing, before the work rather than after it."""
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     for pattern in config.modules_to_not_convert:

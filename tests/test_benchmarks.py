@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import graphs
 import pytest
@@ -19,6 +21,7 @@ from benchmarks._cpu_peers import PEERS, Codes, output_of
 from benchmarks._shared_statistics import SharedStatistics
 from parofx import CalibrationConfig, ParoConfig
 from parofx.calibration import data_run
+from parofx.evaluation import EvalResult
 
 #: Relative errors: of blocks with 6-bit scales, and of blocks that have no zero point.
 _TOLERANCES = {"torch bf16": 5e-3, "aten int4pack": 5e-3, "ggml Q4_K": 3e-2, "ggml Q4_0": 8e-2}
@@ -74,16 +77,34 @@ def test_tiles_are_configured_anew() -> None:
     assert _tiles.current() == _tiles.CONFIGURATION
 
 
-def test_resumed_tables_have_rows_of_one_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_resumed_tables_have_rows_of_one_configuration(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = argparse.Namespace(resume=True, **dict.fromkeys(accuracy._COMMON, "same"))
-    row, target = "parofx fast", tmp_path / "accuracy.json"
-    rows = {"float": {}, "a peer": {}, row: {"settings": accuracy._settings_of(row)}}
+    target, rows = tmp_path / "accuracy.json", dict[str, Any]()
+    result = EvalResult(tokens=8, windows=2, seconds=1.0, perplexity=2.7, perplexity_error=0.1)
+    accuracy._note(rows, "float", result, 16.0, (0.0, 0.0))
+    accuracy._note(rows, "a peer 1.0", result, 4.2, (1.0, 1.0))
+    for seed in range(2):
+        settings = accuracy._settings_of("parofx fast")
+        accuracy._note(rows, "parofx fast", result, 4.4, (1.0, 1.0), seed, settings=settings)
     accuracy._save(rows, options, target)
     assert accuracy._earlier_rows(options, target) == rows
-    config, with_data = accuracy.ROWS[row]
-    monkeypatch.setitem(accuracy.ROWS, row, (replace(config, krot=3), with_data))
-    with pytest.raises(SystemExit, match="has rows of other settings: parofx fast"):
-        accuracy._earlier_rows(options, target)
+    assert [run["seed"] for run in rows["parofx fast"]["seeds"]] == [0, 1]
+
+    others = {name: rows[name] for name in ("float", "a peer 1.0")}
+    config, with_data = accuracy.ROWS["parofx fast"]
+    for changed in ((replace(config, krot=3), with_data), (config, not with_data)):
+        monkeypatch.setitem(accuracy.ROWS, "parofx fast", changed)
+        assert accuracy._earlier_rows(options, target) == others
+        assert "left out: parofx fast" in capsys.readouterr().out
+    monkeypatch.setitem(accuracy.ROWS, "parofx fast", (config, with_data))
+    monkeypatch.setattr("parofx.config.UNSHARED", frozenset({"fast"}))
+    assert accuracy._earlier_rows(options, target) == others
+    monkeypatch.undo()
+    monkeypatch.delitem(accuracy.ROWS, "parofx fast")  # as if it had another name now
+    assert accuracy._earlier_rows(options, target) == others
+    assert json.loads((tmp_path / "accuracy.earlier.json").read_text())["rows"] == rows
 
 
 def test_runs_that_share_statistics_find_what_they_find_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def pack_tokens(
     if not found:
         raise DataError(
             f"too little text: a window of {seqlen} tokens needs {body} tokens of text, found {len(stream)}; "
-            "give more text or a smaller seqlen"
+            "give more text or shorter windows (seqlen)"
         )
     windows = torch.tensor(stream[: found * body], dtype=torch.int64).view(found, body)
     if start:

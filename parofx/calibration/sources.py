@@ -7,7 +7,9 @@ tokenizer's chat template.
 from __future__ import annotations
 
 import json
+import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -70,7 +72,7 @@ def load_texts(source: str | Path, *, split: str = "train") -> Iterator[Document
     names = str(source).split("+")
     if len(names) > 1 and all(names):
         return interleave(load_texts(name, split=split) for name in names)
-    if reader is not None or path.is_absolute() or str(source).startswith((".", "~")):
+    if reader is not None or path.is_absolute() or str(source).startswith((".", "~")) or str(source).endswith(os.sep):
         raise DataError(f"no such file or folder: {path}")
     return _load_dataset(DATASETS.get(str(source), str(source)), split)
 
@@ -99,7 +101,8 @@ def _load_plain(path: Path) -> Iterator[Document]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, got {error}") from error
+        got = f"the byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise DataError(f"{path}: expected UTF-8 text, got {got}") from error
     for part in _DOCUMENT_BORDER.split(text):
         if part.strip():
             yield part.strip("\n")
@@ -113,7 +116,8 @@ def _load_jsonl(path: Path) -> Iterator[Document]:
             try:
                 row = json.loads(line.decode("utf-8"))
             except ValueError as error:  # no UTF-8, or no JSON
-                raise DataError(f"{path}, line {number}: expected one JSON object a line, got {error}") from error
+                got = textwrap.shorten(line.decode("utf-8", errors="backslashreplace"), 60, placeholder=" …")
+                raise DataError(f"{path}, line {number}: expected one JSON object a line, got {got}") from error
             yield _document(row, f"{path}, line {number}")
 
 

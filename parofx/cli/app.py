@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -31,12 +32,27 @@ class ErrorsAsMessages(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _as_message
+                return super().invoke(ctx)
         except ParoError as error:
             if ctx.params.get("traceback"):
                 raise
             errors_console.print(Text.assemble(("error: ", "bold red"), str(error)))
             raise typer.Exit(ERROR_STATUS) from error
+
+
+def _as_message(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning without the line of code that gave it."""
+    name = "warning" if category in (UserWarning, RuntimeWarning) else category.__name__
+    errors_console.print(Text.assemble((f"{name}: ", "bold yellow"), str(message)))
 
 
 app = typer.Typer(

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from parofx.errors import ConfigError
+from parofx.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from parofx.models import LoadedModel
 
-#: Columns of a table that is piped: a file has no width, and cut layer names would be of no use.
+#: Columns of a table that is piped: a file has no width, unless COLUMNS says one, and names should stay whole.
 _PIPED_WIDTH = 200
 
 #: Results go to standard output, so that they can be piped; everything else to standard error.
-console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH)
 errors_console = Console(stderr=True)
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -87,6 +88,19 @@ def load(
             trust_remote_code=trust_remote_code,
         )
         return LoadedModel(loaded.model.to(target), loaded.tokenizer)
+
+
+def check_sources(sources: Iterable[str], split: str = "train") -> None:
+    """Read the first document of each source: what is wrong with a name is said before a model is loaded.
+
+    Raises:
+        DataError: if a source cannot be read or holds no document.
+    """
+    from parofx.calibration.sources import load_texts
+
+    for source in sources:
+        if source != "self" and next(load_texts(source, split=split), None) is None:
+            raise DataError(f"{source} holds no document; see what a source may be in parofx quantize --help")
 
 
 def find_device(device: DeviceName) -> str:

@@ -18,6 +18,7 @@ from parofx.cli.common import (
     Revision,
     Source,
     TrustRemoteCode,
+    check_sources,
     console,
     load,
     write_json,
@@ -90,11 +91,16 @@ def evaluate(
         from parofx.integrations.lm_eval import find_tasks
 
         find_tasks(task, include_path or ())  # before the work, not after it
+    if text is not None:
+        check_sources([text], split="test")
     loaded = load(
         model, revision=revision, offline=offline, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     if loaded.tokenizer is None:
-        raise DataError(f"{model} has no tokenizer: evaluation reads text")
+        raise DataError(
+            f"{model} has no tokenizer: evaluation reads text; its folder should hold tokenizer.json and "
+            "tokenizer_config.json, as the model was published with"
+        )
     other = None
     if reference is not None:
         other = load(

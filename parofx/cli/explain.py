@@ -55,11 +55,11 @@ def explain(
     import parofx
 
     rows = parofx.explain(loaded.model, config=chosen).rows
+    shown = [row for row in rows if grep is None or grep in row.name]
     table = Table("name", "action", "reason", box=None)
-    for row in rows:
-        if grep is None or grep in row.name:
-            table.add_row(row.name, row.action, row.reason)
-    console.print(table)
+    for row in shown:
+        table.add_row(row.name, row.action, row.reason)
+    console.print(table if shown or not rows else f"no name of {len(rows)} linears contains {grep!r}")
     actions = Counter(row.action for row in rows)
     console.print(", ".join(f"{count} {action}" for action, count in actions.items()), highlight=False)
     if json_file is not None:

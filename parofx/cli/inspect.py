@@ -112,7 +112,13 @@ def summarize(folder: Path) -> Summary:
     from parofx import packing
     from parofx.checkpoint import files, layout
 
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
     quantization = files.read_json(folder / files.CONFIG_FILE).get("quantization_config") or {}
+    if not quantization:
+        raise CheckpointError(
+            f"{folder} is a float model: parofx explain {folder} tells what would be quantized, parofx quantize does it"
+        )
     problems = layout.why_not_readable(quantization)
     shards = None if problems else files.open_folder(folder)
     quantized = {} if shards is None else layout.find_quantized(shards.tensors)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from parofx.calibration.recipes import RECIPES
 from parofx.config import CalibrationConfig, ParoConfig
 from parofx.errors import ConfigError
 
@@ -61,9 +62,13 @@ def build_config(file: Path | None, given: Mapping[str, Any]) -> ParoConfig:
         try:
             base = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{file}: expected the options as a JSON object, got {error}") from error
+            raise ConfigError(f"{file} cannot be read as a JSON object of options: {error}") from error
         if not isinstance(base, dict) or not isinstance(base.get(_NESTED, {}), dict):
             raise ConfigError(f"{file}: expected a JSON object, with an object for {_NESTED!r}")
+        try:
+            ParoConfig.from_dict(base)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
     nested = {item.name for item in dataclasses.fields(CalibrationConfig)}
     calibration = base.pop(_NESTED, {}) | {name: value for name, value in given.items() if name in nested}
     outer = base | {name: value for name, value in given.items() if name not in nested}
@@ -78,7 +83,10 @@ def _options(cls: type, panel: str) -> list[inspect.Parameter]:
     for item in dataclasses.fields(cls):
         if item.name == _NESTED:
             continue
-        option = typer.Option(help=helps[item.name], rich_help_panel=panel, show_default=_shown(item.default) or False)
+        default = _shown(item.default)
+        if cls is CalibrationConfig and item.name in RECIPES["fast"]:
+            default = f"by recipe, fast: {_shown(RECIPES['fast'][item.name])}"
+        option = typer.Option(help=helps[item.name], rich_help_panel=panel, show_default=default or False)
         parameters.append(
             inspect.Parameter(
                 item.name,

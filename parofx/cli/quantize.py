@@ -15,6 +15,7 @@ from parofx.cli.common import (
     Revision,
     Source,
     TrustRemoteCode,
+    check_sources,
     console,
     errors_console,
     find_device,
@@ -75,7 +76,7 @@ def quantize(
     work_dir = chosen.calibration.work_dir
     read = [model, *(calibration or ()), *([] if work_dir is None else [work_dir])]
     check_output(output, overwrite=overwrite, read=read)
-    _check(calibration)
+    check_sources(calibration or ())
     loaded = load(
         model,
         revision=revision,
@@ -84,6 +85,11 @@ def quantize(
         device="meta" if dry_run else device,
         trust_remote_code=trust_remote_code,
     )
+    if calibration and loaded.tokenizer is None:
+        raise DataError(
+            f"{model} has no tokenizer, which --calibration needs: its folder should hold tokenizer.json and "
+            "tokenizer_config.json, as the model was published with"
+        )
     import parofx
 
     if dry_run:
@@ -120,15 +126,6 @@ def quantize(
             table.add_row(names[0] + (", …" if count > 1 else ""), str(reason), str(count))
         console.print(table)
     console.print(f"saved to {output}; look at it with: parofx inspect {output}", highlight=False)
-
-
-def _check(sources: list[str] | None) -> None:
-    """Read the first document of each source: what is wrong with a name is said before a model is loaded."""
-    from parofx.calibration.sources import load_texts
-
-    for source in sources or ():
-        if source != "self" and next(load_texts(source), None) is None:
-            raise DataError(f"{source} holds no document; see what a source may be in parofx quantize --help")
 
 
 def _calibration(sources: list[str] | None) -> Any:

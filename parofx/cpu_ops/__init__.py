@@ -91,15 +91,22 @@ def load() -> None:
         if _library is not None:
             return
         if _failure is not None:
-            raise copy.copy(_failure)
+            raise _without_frames(_failure)
         try:
             path = build_library()
             _register(path)
         except Exception as error:
-            # An exception that was raised holds the frames it went through, and all their tensors; a copy does not.
-            _failure = copy.copy(error)
+            _failure = _without_frames(error)
             raise
         _library = path
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Copy an exception: one that was raised holds the frames it went through, and all their tensors."""
+    try:
+        return copy.copy(error)
+    except Exception:  # one whose arguments are not those of its constructor
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def is_available() -> bool:

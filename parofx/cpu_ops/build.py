@@ -104,11 +104,18 @@ def find_openmp() -> Path:
 
 
 def cache_dir() -> Path:
-    """Return the folder for built libraries: `PAROFX_CACHE`, or `parofx` in the user's cache folder."""
+    """Return the folder for built libraries: `PAROFX_CACHE`, or `parofx` in the user's cache folder.
+
+    For users without a home it is the one among the temporary files that is taken where this one cannot be written to.
+    """
     if chosen := os.environ.get("PAROFX_CACHE"):
         return Path(chosen)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "parofx"
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "parofx"
+    try:
+        return Path.home() / ".cache" / "parofx"
+    except RuntimeError:
+        return _temporary_folder()
 
 
 def library_name() -> str:
@@ -146,18 +153,19 @@ def build_library() -> Path:
         )
     with _locked(folder / f"{name}.lock"):
         if not target.exists():
-            _announce(target)
+            _announce(f"compiling parofx's CPU kernels into {folder}, once; this takes about a minute")
             _compile(compiler, target)
     return target
 
 
-def _announce(target: Path) -> None:
+def _announce(message: str) -> None:
     """Tell who waits at a terminal why; logs have it at the level of information."""
-    message = f"compiling parofx's CPU kernels into {target.parent}, once; this takes about a minute"
-    if sys.stderr.isatty():
-        sys.stderr.write(f"{message}\n")
-    else:
-        logger.info(message)
+    # What stands in for a standard error stream need not know whether it is a terminal, nor be there at all.
+    with contextlib.suppress(Exception):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"{message}\n")
+            return
+    logger.info(message)
 
 
 def _compile(compiler: list[str], target: Path) -> None:
@@ -189,7 +197,8 @@ def _run(command: list[str]) -> None:
         raise BuildFailedError(f"could not run the compiler: {error}\n  {shlex.join(command)}") from error
     if done.returncode:
         raise BuildFailedError(
-            f"the compiler failed with status {done.returncode}; g++ 11 or newer is needed (set CXX to choose one)\n"
+            f"the compiler failed with status {done.returncode}; g++ 11 or newer is needed (set CXX to choose one, "
+            "or to 'none' to do without the CPU kernels)\n"
             f"  {shlex.join(command)}\n{done.stdout}{done.stderr}"
         )
 
@@ -203,11 +212,12 @@ def _loaded_openmp() -> list[Path]:
 
 def _usable_folder(wanted: Path) -> Path:
     """`wanted` if this user can write there, else a private folder among the temporary files."""
-    with contextlib.suppress(OSError):
-        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=wanted):
-            return wanted
-    shared = Path(tempfile.gettempdir()) / f"parofx-{os.getuid()}"
+    shared = _temporary_folder()
+    if wanted != shared:
+        with contextlib.suppress(OSError):
+            wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=wanted):
+                return wanted
     with contextlib.suppress(OSError):
         shared.mkdir(mode=0o700, exist_ok=True)
         # Anyone may have made that name first: loading code from it is safe only if it is ours alone.
@@ -217,6 +227,10 @@ def _usable_folder(wanted: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="parofx-"))
 
 
+def _temporary_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"parofx-{os.getuid()}"
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     import fcntl  # not on every platform that can import this module
@@ -224,5 +238,9 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         # Some network file systems cannot lock; two builds then race, and either result is good.
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _announce(f"waiting for the process that compiles parofx's CPU kernels into {path.parent}")
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield

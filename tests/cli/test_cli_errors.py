@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -141,10 +142,14 @@ def test_given_options_come_before_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "expected the options as a JSON object"),
+        ("{", r"config\.json cannot be read as a JSON object of options"),
         ("[1]", "expected a JSON object"),
         ('{"calibration": 1}', "with an object for 'calibration'"),
-        ('{"rounds": 1}', r"unknown ParoConfig options \['rounds'\]"),
+        (
+            '{"group_sise": 1}',
+            r"config\.json: unknown ParoConfig options \['group_sise'\]; for 'group_sise' perhaps 'group_s",
+        ),
+        ('{"calibration": {"steps": -1}}', r"config\.json: invalid CalibrationConfig"),
     ],
 )
 def test_a_wrong_configuration_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -159,16 +164,68 @@ def test_an_unknown_pass_is_refused(run: Run) -> None:
     assert "no pass is called 'optimise'" in output
 
 
-def test_a_float_folder_is_no_checkpoint_to_inspect(files: Files) -> None:
-    with pytest.raises(CheckpointError, match="is no readable PARO checkpoint"):
+def test_what_is_no_checkpoint_to_inspect_is_said(files: Files, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a float model: parofx explain"):
         summarize(files.float_model)
+    with pytest.raises(CheckpointError, match=r"there is no folder .*missing"):
+        summarize(tmp_path / "missing")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(CheckpointError, match="is no readable PARO checkpoint"):
+        summarize(tmp_path)
 
 
-@pytest.mark.parametrize("command", [("eval", "--text", "a.txt"), ("generate", "-p", "a")])
-def test_text_needs_a_tokenizer(run: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
-    tiny.model().save_pretrained(tmp_path)
+@pytest.mark.parametrize("command", ["eval --text", "generate -p", "quantize -o {out} --calibration"])
+def test_text_needs_a_tokenizer(run: Run, tmp_path: Path, command: str) -> None:
+    folder, text = tmp_path / "model", tmp_path / "a.txt"
+    tiny.model().save_pretrained(folder)
+    text.write_text("ships")
+    name, *options = command.format(out=tmp_path / "out").split()
     with pytest.raises(DataError, match="has no tokenizer"):
-        run("--traceback", command[0], tmp_path, *command[1:])
+        run("--traceback", name, folder, *options, text)
+
+
+def test_a_text_without_a_document_is_named_before_the_model_is_read(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match=r"empty\.txt holds no document"):
+        run("--traceback", "eval", tmp_path / "no model", "--text", tmp_path / "empty.txt")
+
+
+def test_a_truncated_file_of_a_float_model_is_named(run: Run, files: Files, tmp_path: Path) -> None:
+    for file in files.float_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
+    status, output, _ = run("explain", tmp_path)
+    assert status == 2
+    assert "model.safetensors is truncated or not a safetensors file" in " ".join(output.split())
+
+
+def test_a_pattern_that_matches_nothing_is_refused(run: Run, files: Files) -> None:
+    with pytest.raises(ConfigError, match="'nomatch' matches no module"):
+        run("--traceback", "explain", files.float_model, "--modules-to-not-convert", "nomatch")
+
+
+def test_a_filter_that_matches_nothing_says_so(run: Run, files: Files) -> None:
+    status, output, _ = run("explain", files.float_model, "--grep", "nomatch")
+    assert status == 0
+    assert "linears contains 'nomatch'" in output
+
+
+def test_a_warning_is_a_message(run: Run, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        warnings.warn("little text", stacklevel=1)
+        raise ConfigError("that is all")
+
+    monkeypatch.setattr("parofx.cli.explain.load", load)
+    shown = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        output = run("explain", files.float_model).output
+    assert output.splitlines() == ["warning: little text", "error: that is all"]
+    assert warnings.showwarning is shown
+
+
+def test_help_tells_what_the_default_recipe_does(run: Run) -> None:
+    shown = " ".join(run("quantize", "--help").output.replace("│", " ").split())
+    assert "Sequences used. [default: (by recipe, fast: 64)]" in shown
 
 
 def test_a_chat_needs_a_template(files: Files, run: Run, tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 """Building, caching and failing to build."""
 
+import fcntl
+import io
 import os
 import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 
+from parofx import cpu_ops
 from parofx.cpu_ops import build
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
@@ -134,6 +138,49 @@ def test_who_waits_for_the_compiler_is_told_once(tmp_path: Path, monkeypatch, ca
     assert not (caplog.messages if at_terminal else shown.err)
 
 
+@pytest.mark.parametrize("stream", [None, io.TextIOBase()], ids=["closed", "no terminal, and nothing to write to"])
+def test_a_notice_fails_no_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, stream) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, FAKE_COMPILER.format(log=tmp_path / "log", delay=0)))
+    monkeypatch.setenv("PAROFX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "stderr", stream)
+    with caplog.at_level("INFO", logger="parofx"):
+        assert build.build_library().exists()
+    assert len(caplog.messages) == 1
+
+
+def test_who_waits_for_another_process_is_told(tmp_path: Path, caplog) -> None:
+    other = (tmp_path / "lock").open("w")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    release = threading.Timer(0.3, other.close)
+    with caplog.at_level("INFO", logger="parofx"):
+        release.start()
+        with build._locked(tmp_path / "lock"):
+            assert other.closed
+        with build._locked(tmp_path / "lock"):
+            pass
+    assert len(caplog.messages) == 1
+    assert "waiting" in caplog.messages[0]
+    assert str(tmp_path) in caplog.messages[0]
+
+
+def test_a_failure_that_cannot_be_copied_stays_the_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OddError(Exception):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__(f"{first} {second}")
+
+    def fail() -> Path:
+        raise OddError("no", "library")
+
+    monkeypatch.setattr(cpu_ops, "build_library", fail)
+    monkeypatch.setattr(cpu_ops, "_library", None)
+    monkeypatch.setattr(cpu_ops, "_failure", None)
+    with pytest.raises(OddError):
+        cpu_ops.load()
+    monkeypatch.delattr(cpu_ops, "build_library")  # it is not called again
+    with pytest.raises(RuntimeError, match="OddError: no library"):
+        cpu_ops.load()
+
+
 def test_a_built_library_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAROFX_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "/nowhere/cxx")
@@ -188,6 +235,21 @@ def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert build.cache_dir() == tmp_path / "parofx"
     monkeypatch.setenv("PAROFX_CACHE", str(tmp_path / "mine"))
     assert build.cache_dir() == tmp_path / "mine"
+
+
+def test_who_has_no_home_gets_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("PAROFX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    wanted = build.cache_dir()
+    assert wanted.parent == tmp_path
+    assert build._usable_folder(wanted) == wanted
+    wanted.chmod(0o777)  # as if another user had made it
+    assert build._usable_folder(wanted) != wanted
 
 
 def test_other_platforms_are_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:

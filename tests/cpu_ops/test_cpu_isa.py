@@ -28,12 +28,21 @@ def run_with(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize(
+    ("file", "wanted"),
+    [
+        ("cpu_ops/test_cpu_op.py", "matches or forced or finite or zero_rows"),
+        ("calibration/test_column_blocks.py", ""),
+        ("calibration/test_dense_rounds.py", ""),
+    ],
+)
 @pytest.mark.parametrize("isa", ISAS)
-def test_the_operator_is_right_on(isa: str) -> None:
+def test_the_operators_are_right_on(isa: str, file: str, wanted: str) -> None:
     if isa not in supported():
         pytest.skip(f"this machine has no {isa}")
-    tests = str(Path(__file__).parent / "test_cpu_op.py")
-    wanted = "matches or forced or finite or zero_rows"
+    if file.startswith("calibration") and isa == cpu_ops.active_isa():
+        pytest.skip("they run with it in this process")
+    tests = str(Path(__file__).parent.parent / file)
     done = run_with(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", wanted)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
