@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from parofx import precision
-from parofx.precision import autocast_while_training, linear, multiplies_16_bit, product_precision, unemulated_linears
+from parofx.precision import (
+    attention,
+    autocast_while_training,
+    linear,
+    multiplies_16_bit,
+    product_precision,
+    unemulated_linears,
+)
 
 BACKENDS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
 
@@ -53,6 +60,40 @@ def test_gradients_go_through_wide_products(emulated):
     assert x.grad.dtype == weight.grad.dtype == torch.bfloat16
     torch.testing.assert_close(x.grad.double(), upstream.double() @ weight.detach().double(), rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(weight.grad.double(), upstream.double().t() @ x.detach().double(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+def test_attention_has_the_gradients_of_fp64(dtype, masked, emulated, monkeypatch):
+    seen = []
+
+    def watched(*given, **options):
+        seen.append(given[0].dtype)
+        return true_attention(*given, **options)
+
+    true_attention = precision._ATTENTION
+    monkeypatch.setattr(precision, "_ATTENTION", watched)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, heads, 5, 16, generator=generator).to(dtype) for heads in (4, 2, 2)]
+    mask = None if masked is None else torch.ones(5, 5, dtype=torch.bool).tril()
+    if masked == "float":
+        mask = torch.zeros(5, 5, dtype=dtype).masked_fill(~mask, -30.0)
+    upstream = torch.randn(2, 4, 5, 16, generator=generator).to(dtype)
+    results = []
+    for wanted in (dtype, torch.float64):
+        leaves = [one.to(wanted, copy=True).requires_grad_() for one in given]
+        wide = mask.to(wanted) if masked == "float" else mask
+        result = attention(*leaves, wide, scale=0.3, enable_gqa=True)
+        assert result.dtype == wanted
+        result.backward(upstream.to(wanted))
+        results.append([result.detach(), *(leaf.grad for leaf in leaves)])
+    for one, exact in zip(*results, strict=True):
+        torch.testing.assert_close(one.double(), exact, rtol=3e-2, atol=3e-2)
+    with torch.no_grad():
+        attention(*given, mask, enable_gqa=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(*(one.clone().requires_grad_() for one in given), mask, enable_gqa=True)
+    assert seen == [torch.float32 if emulated else dtype, torch.float64, dtype, dtype]
 
 
 def test_what_an_accelerator_multiplies_is_left_alone():

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Interpreter
 
 from parofx.passes.graph import LINEAR
-from parofx.precision import linear
+from parofx.precision import attention, linear
 
 
 class SegmentInterpreter(Interpreter):
-    """Runs a segment, its linears at the precision that the device is fast at."""
+    """Runs a segment, its linears and attention at the precision that the device is fast at."""
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
@@ -22,4 +23,6 @@ class SegmentInterpreter(Interpreter):
         """Call what a node calls."""
         if target is LINEAR and not kwargs:
             return linear(*args)
+        if target is torch.ops.aten.scaled_dot_product_attention.default and "attn_mask" not in kwargs:
+            return attention(*args, **kwargs)
         return super().call_function(target, args, kwargs)
