@@ -17,11 +17,11 @@ from parofx.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from parofx.models import LoadedModel
 
-#: Columns of a table that is piped: a file has no width, unless COLUMNS says one, and names should stay whole.
+#: Columns of a table that is piped: a file has no width, and cut layer names would be of no use.
 _PIPED_WIDTH = 200
 
 #: Results go to standard output, so that they can be piped; everything else to standard error.
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH)
+console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 errors_console = Console(stderr=True)
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
