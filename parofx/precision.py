@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 #: Rows from which on converting a weight takes less time than emulated products do.
 _MANY_ROWS = 16
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+#: The node of a captured graph that `attention` stands for.
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @contextlib.contextmanager
@@ -70,7 +71,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *rest: Any, **options: Any
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
 ) -> Tensor:
     """Attend as `scaled_dot_product_attention` does, where gradients are wanted in fp32 if 16 bits would be emulated.
 
@@ -81,11 +82,11 @@ def attention(
     trained = torch.is_grad_enabled() and any(one.requires_grad for one in given)
     emulated = dtype in (torch.bfloat16, torch.float16) and not multiplies_16_bit(device, dtype)
     if not trained or not emulated or torch.is_autocast_enabled(device):
-        unchanged: Tensor = _ATTENTION(*given, mask, *rest, **options)
+        unchanged: Tensor = ATTENTION(*given, attn_mask, *rest, **options)
         return unchanged
-    if mask is not None and mask.is_floating_point():
-        mask = mask.float()
-    wide: Tensor = _ATTENTION(*(one.float() for one in given), mask, *rest, **options)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.float()
+    wide: Tensor = ATTENTION(*(one.float() for one in given), attn_mask, *rest, **options)
     return wide.to(dtype)
 
 

@@ -71,8 +71,8 @@ def test_attention_has_the_gradients_of_fp64(dtype, masked, emulated, monkeypatc
         seen.append(given[0].dtype)
         return true_attention(*given, **options)
 
-    true_attention = precision._ATTENTION
-    monkeypatch.setattr(precision, "_ATTENTION", watched)
+    true_attention = precision.ATTENTION
+    monkeypatch.setattr(precision, "ATTENTION", watched)
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(2, heads, 5, 16, generator=generator).to(dtype) for heads in (4, 2, 2)]
     mask = None if masked is None else torch.ones(5, 5, dtype=torch.bool).tril()

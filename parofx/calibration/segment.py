@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Interpreter
 
 from parofx.passes.graph import LINEAR
-from parofx.precision import attention, linear
+from parofx.precision import ATTENTION, attention, linear
 
 
 class SegmentInterpreter(Interpreter):
@@ -23,6 +22,6 @@ class SegmentInterpreter(Interpreter):
         """Call what a node calls."""
         if target is LINEAR and not kwargs:
             return linear(*args)
-        if target is torch.ops.aten.scaled_dot_product_attention.default and "attn_mask" not in kwargs:
+        if target is ATTENTION:
             return attention(*args, **kwargs)
         return super().call_function(target, args, kwargs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,6 +27,8 @@ DATASETS = {
     "redpajama": "liang2kl/RedPajama-Data-1T-Sample-Backup",
     "pile": "mit-han-lab/pile-val-backup::validation",
 }
+#: Characters of a wrong line that an error shows.
+_EXCERPT = 60
 #: Two blank lines: the border between two documents of one text file.
 _DOCUMENT_BORDER = re.compile(r"\n[ \t]*\n[ \t]*\n\s*")
 
@@ -101,11 +102,14 @@ def _load_plain(path: Path) -> Iterator[Document]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        got = f"the byte 0x{error.object[error.start]:02x} at {error.start}"
-        raise DataError(f"{path}: expected UTF-8 text, got {got}") from error
+        raise DataError(f"{path}: expected UTF-8 text, got {_wrong_byte(error)}") from error
     for part in _DOCUMENT_BORDER.split(text):
         if part.strip():
             yield part.strip("\n")
+
+
+def _wrong_byte(error: UnicodeDecodeError) -> str:
+    return f"the byte 0x{error.object[error.start]:02x} at {error.start}"
 
 
 def _load_jsonl(path: Path) -> Iterator[Document]:
@@ -114,10 +118,14 @@ def _load_jsonl(path: Path) -> Iterator[Document]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:  # no UTF-8, or no JSON
-                got = textwrap.shorten(line.decode("utf-8", errors="backslashreplace"), 60, placeholder=" …")
-                raise DataError(f"{path}, line {number}: expected one JSON object a line, got {got}") from error
+                row = json.loads(line.decode("utf-8").strip())
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number}: expected UTF-8 text, got {_wrong_byte(error)}") from error
+            except ValueError as error:  # no JSON, or a number of too many digits
+                where = f"{path}, line {number}, column {getattr(error, 'colno', 1)}"
+                got = line.decode("utf-8").strip()
+                got = got if len(got) <= _EXCERPT else f"{got[:_EXCERPT]}…"
+                raise DataError(f"{where}: expected one JSON object a line, got {got}") from error
             yield _document(row, f"{path}, line {number}")
 
 

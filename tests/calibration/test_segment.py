@@ -26,6 +26,28 @@ def quantized(dtype: torch.dtype, **options: object) -> parofx.QuantizationRepor
     return parofx.quantize(graphs.Stack(2).eval().to(dtype), config, calibration=batches, progress=False)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_attention_of_a_segment_is_not_emulated(named, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_16_bit", lambda *_: False)
+    graph = torch.fx.Graph()
+    *inputs, mask = map(graph.placeholder, ("query", "key", "value", "mask"))
+    given, options = (inputs, {"attn_mask": mask}) if named else ([*inputs, mask], {})
+    graph.output(graph.call_function(precision.ATTENTION, tuple(given), options))
+    values = [torch.randn(1, 2, 5, 16).bfloat16().requires_grad_() for _ in range(3)]
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    seen = []
+    true_attention = precision.ATTENTION
+
+    def watched(*given, **options):
+        seen.append([one.dtype for one in given[:3]])
+        return true_attention(*given, **options)
+
+    monkeypatch.setattr(precision, "ATTENTION", watched)
+    run = segment.SegmentInterpreter(torch.fx.GraphModule(torch.nn.Module(), graph))
+    assert run.run(*values, mask).dtype == torch.bfloat16
+    assert seen == [[torch.float32] * 3]
+
+
 @pytest.mark.parametrize(
     ("run", "dtype"), [*((run, torch.bfloat16) for run in RUNS), *((run, torch.float16) for run in RUNS)], ids=str
 )

@@ -61,8 +61,10 @@ def test_interleave_takes_one_of_each_in_turn() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "one"}\n{', r"a.jsonl, line 2: expected one JSON object a line, got \{$"),
+        ("a.jsonl", '{"text": "one"}\n{', r"a.jsonl, line 2, column 2: expected one JSON object a line, got \{$"),
+        ("a.jsonl", '{"text":' + "x" * 99, r"line 1, column 9: .* got \{\"text\":x{52}…$"),
         ("a.jsonl", '{"body": "one"}', r"line 1: expected a field of \('text', 'messages'\), got \['body'\]"),
+        ("a.jsonl", "9" * 5000, "line 1, column 1: expected one JSON object a line, got 9{60}…$"),
         ("a.jsonl", '"one"', "line 1: expected an object with a field"),
         ("a.jsonl", '{"text": 7}', "line 1: expected a string or a list of messages"),
         ("a.csv", "one", "expected a file ending in one of"),
@@ -81,9 +83,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_json_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n')
-    with pytest.raises(
-        DataError, match=r"a\.jsonl, line 2: expected one JSON object a line, got \{\"text\": \"\\xff\"\}"
-    ):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: expected UTF-8 text, got the byte 0xff at 10"):
         list(load_texts(tmp_path / "a.jsonl"))
 
 
