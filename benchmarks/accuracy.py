@@ -25,7 +25,9 @@ import contextlib
 import copy
 import gc
 import hashlib
+import itertools
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -195,6 +197,8 @@ def _options() -> argparse.Namespace:
         "damping is chosen",
     )
     options = parser.parse_args()
+    if options.results and (Path(options.results).suffix != ".json" or Path(options.results).is_dir()):
+        parser.error(f"--results must be a file whose name ends in .json, got {options.results}")
     if bool(options.calibration) != bool(options.evaluation):
         parser.error("give --calibration and --evaluation together: the texts must not be the same")
     small = not options.evaluation
@@ -297,9 +301,10 @@ def _earlier_rows(options: argparse.Namespace, target: Path) -> dict[str, Any]:
         if (name in ROWS or "settings" in row) and (name not in ROWS or row.get("settings") != _settings_of(name))
     ]
     if changed:
-        kept = target.with_suffix(".earlier.json")
-        kept.write_text(target.read_text())
-        print(f"--resume: not of today's settings, and left out: {', '.join(changed)}; {kept} keeps them")
+        names = (target.with_suffix(f".earlier{number or ''}.json") for number in itertools.count())
+        kept = next(path for path in names if not path.exists())
+        shutil.copyfile(target, kept)
+        print(f"--resume: not known to be of today's settings, and left out: {', '.join(changed)}; {kept} keeps them")
     return {name: row for name, row in rows.items() if name not in changed}
 
 

@@ -315,7 +315,12 @@ def _from_dict(cls: type[_Config], options: Mapping[str, Any]) -> _Config:
     accepted = [item.name for item in dataclasses.fields(cls)]
     unknown = sorted(set(options) - set(accepted))
     if unknown:
-        close = {name: difflib.get_close_matches(name, accepted, n=1) for name in map(str, unknown)}
-        meant = "".join(f"; for {name!r} perhaps {matches[0]!r}" for name, matches in close.items() if matches)
+        nested = [item.name for item in dataclasses.fields(CalibrationConfig)] if cls is ParoConfig else []
+        meant = ""
+        for name in map(str, unknown):
+            if name in nested:
+                meant += f"; {name!r} belongs to 'calibration'"
+            elif close := difflib.get_close_matches(name, accepted, n=1):
+                meant += f"; for {name!r} perhaps {close[0]!r}"
         raise ConfigError(f"unknown {cls.__name__} options {unknown}{meant}; accepted are {accepted}")
     return cls(**options)

@@ -79,11 +79,11 @@ def explain(model: nn.Module, *example_inputs: Any, config: ParoConfig | None = 
         from parofx.models import example_inputs as described_by_its_configuration
 
         example_inputs = (described_by_its_configuration(model),)
-    gm = capture(model, *example_inputs)
     if any(isinstance(module, ParoLinear) for module in model.modules()):
-        return _explain_quantized(model, gm)
+        return _explain_quantized(model, capture(model, *example_inputs))
     config = config or ParoConfig()
     check_patterns(model, config)
+    gm = capture(model, *example_inputs)
     pipeline = Pipeline([InsertTransforms(config, output_heads(model), replace_modules=True)])
     pipeline.run(gm)
     (report,) = pipeline.reports

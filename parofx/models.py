@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from parofx.checkpoint import files, layout
 from parofx.errors import CheckpointError
+from parofx.folders import expand_user
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def load_model(
     Raises:
         CheckpointError: if nothing is found, or the model needs something that is off or missing.
     """
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if path.suffix.lower() == ".gguf":
         return _load_gguf(path, dtype or torch.bfloat16)
     local = path.is_dir()
@@ -68,7 +69,7 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         if local and isinstance(error, SafetensorError):
-            files.open_folder(path)  # names the file
+            files.open_shards(sorted(path.glob("*.safetensors")))  # names the files that are broken
         raise CheckpointError(
             f"could not load {str(source)!r}: {error}\n"
             "Expected a folder, a .gguf file, or a hub id with safetensors weights. Without a network, download the "
@@ -92,7 +93,7 @@ def load_skeleton(
     Raises:
         CheckpointError: if nothing is found, or it is a PARO checkpoint, which there is nothing left to do for.
     """
-    path = Path(source).expanduser()
+    path = expand_user(source)
     options: dict[str, Any] = {
         "revision": revision,
         "local_files_only": local_files_only,
@@ -196,5 +197,6 @@ def _load_tokenizer(source: str | Path, **options: Any) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(str(source), **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.info("no tokenizer at %s: %s", source, error)
+        broken = any(Path(source).glob("tokenizer*"))
+        logger.log(logging.WARNING if broken else logging.INFO, "no tokenizer at %s: %s", source, error)
         return None

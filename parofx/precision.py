@@ -86,7 +86,8 @@ def attention(
         return unchanged
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.float()
-    wide: Tensor = ATTENTION(*(one.float() for one in given), attn_mask, *rest, **options)
+    with product_precision("exact"):
+        wide: Tensor = ATTENTION(*(one.float() for one in given), attn_mask, *rest, **options)
     return wide.to(dtype)
 
 

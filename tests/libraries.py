@@ -1,4 +1,4 @@
-"""Whether tests that need the compiled CPU library are run, by what the machine has and not by what parofx says."""
+"""Whether tests that need the compiled CPU library are run: wherever it loads, or could be compiled."""
 
 import os
 import shlex

@@ -63,19 +63,20 @@ def test_gradients_go_through_wide_products(emulated):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("masked", [None, "bool", "float"])
+@pytest.mark.parametrize("masked", [None, "bool", "float", "causal"])
 def test_attention_has_the_gradients_of_fp64(dtype, masked, emulated, monkeypatch):
     seen = []
 
     def watched(*given, **options):
-        seen.append(given[0].dtype)
+        seen.append((given[0].dtype, torch.backends.mkldnn.matmul.fp32_precision))
         return true_attention(*given, **options)
 
     true_attention = precision.ATTENTION
     monkeypatch.setattr(precision, "ATTENTION", watched)
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(2, heads, 5, 16, generator=generator).to(dtype) for heads in (4, 2, 2)]
-    mask = None if masked is None else torch.ones(5, 5, dtype=torch.bool).tril()
+    mask = None if masked in (None, "causal") else torch.ones(5, 5, dtype=torch.bool).tril()
+    by_place = (0.0, masked == "causal")  # dropout, and whether it is causal, as captured graphs have them
     if masked == "float":
         mask = torch.zeros(5, 5, dtype=dtype).masked_fill(~mask, -30.0)
     upstream = torch.randn(2, 4, 5, 16, generator=generator).to(dtype)
@@ -83,17 +84,22 @@ def test_attention_has_the_gradients_of_fp64(dtype, masked, emulated, monkeypatc
     for wanted in (dtype, torch.float64):
         leaves = [one.to(wanted, copy=True).requires_grad_() for one in given]
         wide = mask.to(wanted) if masked == "float" else mask
-        result = attention(*leaves, wide, scale=0.3, enable_gqa=True)
+        with product_precision("fast"):
+            result = attention(*leaves, wide, *by_place, scale=0.3, enable_gqa=True)
         assert result.dtype == wanted
         result.backward(upstream.to(wanted))
         results.append([result.detach(), *(leaf.grad for leaf in leaves)])
     for one, exact in zip(*results, strict=True):
         torch.testing.assert_close(one.double(), exact, rtol=3e-2, atol=3e-2)
     with torch.no_grad():
-        attention(*given, mask, enable_gqa=True)
+        without = attention(*given, mask, *by_place, scale=0.3, enable_gqa=True)
     with torch.autocast("cpu", torch.bfloat16):
-        attention(*(one.clone().requires_grad_() for one in given), mask, enable_gqa=True)
-    assert seen == [torch.float32 if emulated else dtype, torch.float64, dtype, dtype]
+        leaves = (one.clone().requires_grad_() for one in given)
+        cast = attention(*leaves, mask, *by_place, scale=0.3, enable_gqa=True)
+    for one in (without, cast):
+        torch.testing.assert_close(one.double(), results[1][0], rtol=3e-2, atol=3e-2)
+    assert [of for of, _ in seen] == [torch.float32 if emulated else dtype, torch.float64, dtype, dtype]
+    assert (seen[0][1] == "ieee") == emulated
 
 
 def test_what_an_accelerator_multiplies_is_left_alone():

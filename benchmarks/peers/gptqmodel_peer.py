@@ -38,8 +38,11 @@ def main() -> None:
     """Quantize every linear but the output head."""
     parser = arguments(__doc__)
     parser.add_argument("--method", choices=("gptq", "paroquant"), default="gptq")
-    parser.add_argument("--epochs", type=int, default=_EPOCHS, help="of ParoQuant's two stages each")
+    parser.add_argument("--epochs", type=int, help=f"of ParoQuant's two stages each; its default is {_EPOCHS}")
     options = parser.parse_args()
+    if options.method == "gptq" and options.epochs is not None:
+        parser.error("--epochs is for --method paroquant")
+    epochs = options.epochs or _EPOCHS
     tokens = calibration_tokens(options.tokens)
     if options.method == "gptq":
         config = GPTQConfig(bits=4, group_size=options.group_size, sym=False)
@@ -51,8 +54,8 @@ def main() -> None:
         config = ParoConfig(
             bits=4,
             group_size=options.group_size,
-            opt_rotation_epochs=options.epochs,
-            opt_finetune_epochs=options.epochs,
+            opt_rotation_epochs=epochs,
+            opt_finetune_epochs=epochs,
         )
     model = GPTQModel.load(options.model, config, device=options.device, dtype=torch.float32)
     clock = Clock()
@@ -65,8 +68,8 @@ def main() -> None:
         matrices = [one for name, one in _float_matrices(options.model) if name.startswith("model.layers.")]
         bits += sum(one.shape[1] * _ROTATION_BITS for one in matrices) / sum(one.numel() for one in matrices)
         name = f"GPTQModel ParoQuant, group size {options.group_size}"
-        if options.epochs != _EPOCHS:
-            name += f", {options.epochs} and {options.epochs} epochs"
+        if epochs != _EPOCHS:
+            name += f", {epochs} and {epochs} epochs"
         describe(options, name=name, package="gptqmodel", bits_per_weight=bits, seconds=seconds)
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@ tokenizer's chat template.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from parofx.errors import DataError
+from parofx.folders import expand_user
 
 Conversation: TypeAlias = list[dict[str, str]]
 Document: TypeAlias = str | Conversation
@@ -27,7 +29,7 @@ DATASETS = {
     "redpajama": "liang2kl/RedPajama-Data-1T-Sample-Backup",
     "pile": "mit-han-lab/pile-val-backup::validation",
 }
-#: Characters of a wrong line that an error shows.
+#: Characters of a wrong line that an error shows, and half as many before the place.
 _EXCERPT = 60
 #: Two blank lines: the border between two documents of one text file.
 _DOCUMENT_BORDER = re.compile(r"\n[ \t]*\n[ \t]*\n\s*")
@@ -55,7 +57,7 @@ def load_texts(source: str | Path, *, split: str = "train") -> Iterator[Document
     """
     if not str(source).strip():
         raise DataError("a source must be a file, a folder or a dataset id, got an empty name")
-    path = Path(source).expanduser()
+    path = expand_user(source)
     try:
         is_folder = path.is_dir()
     except OSError as error:  # the system takes no name that is so long
@@ -98,35 +100,56 @@ def _load_folder(folder: Path) -> Iterator[Document]:
     return (document for path in files for document in _READERS[path.suffix.lower()](path))
 
 
-def _load_plain(path: Path) -> Iterator[Document]:
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
     try:
-        text = path.read_text(encoding="utf-8")
+        yield
+    except DataError:
+        raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, got {_wrong_byte(error)}") from error
+    except (OSError, ValueError) as error:  # pyarrow's own errors are both
+        raise DataError(f"{path} cannot be read as {kind}: {error}") from error
+
+
+def _load_plain(path: Path) -> Iterator[Document]:
+    with _reading(path, "text"):
+        text = path.read_text(encoding="utf-8-sig")
     for part in _DOCUMENT_BORDER.split(text):
         if part.strip():
             yield part.strip("\n")
 
 
 def _wrong_byte(error: UnicodeDecodeError) -> str:
-    return f"the byte 0x{error.object[error.start]:02x} at {error.start}"
+    return f"the byte 0x{error.object[error.start]:02x} behind {error.start} others"
 
 
 def _load_jsonl(path: Path) -> Iterator[Document]:
-    with path.open("rb") as lines:
+    with _reading(path, "JSON lines"), path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+            where = f"{path}, line {number}"
             try:
-                row = json.loads(line.decode("utf-8").strip())
+                text = line.decode("utf-8-sig").rstrip()
+                if not text:
+                    continue
+                row = json.loads(text)
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}, line {number}: expected UTF-8 text, got {_wrong_byte(error)}") from error
-            except ValueError as error:  # no JSON, or a number of too many digits
-                where = f"{path}, line {number}, column {getattr(error, 'colno', 1)}"
-                got = line.decode("utf-8").strip()
-                got = got if len(got) <= _EXCERPT else f"{got[:_EXCERPT]}…"
+                raise DataError(f"{where}: expected UTF-8 text, got {_wrong_byte(error)}") from error
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{where}, column {error.pos + 1}: expected one JSON object a line, got "
+                    f"{_excerpt(text, error.pos)} ({error.msg})"
+                ) from error
+            except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
+                got = f"{_excerpt(text, 0)} ({error})"
                 raise DataError(f"{where}: expected one JSON object a line, got {got}") from error
-            yield _document(row, f"{path}, line {number}")
+            yield _document(row, where)
+
+
+def _excerpt(text: str, place: int) -> str:
+    """Quote what is around a place, so that characters which cannot be seen are."""
+    begin, end = max(0, place - _EXCERPT // 2), place + _EXCERPT
+    return f"{'…' if begin else ''}{text[begin:end]!r}{'…' if end < len(text) else ''}"
 
 
 def _load_parquet(path: Path) -> Iterator[Document]:
@@ -135,11 +158,7 @@ def _load_parquet(path: Path) -> Iterator[Document]:
     except ImportError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'parofx[transformers]'") from error
     number = 0
-    try:
-        file = parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are both
-        raise DataError(f"{path} is truncated or not a Parquet file: {error}") from error
-    with file:
+    with _reading(path, "Parquet"), parquet.ParquetFile(path) as file:
         columns = [name for name in DOCUMENT_FIELDS if name in file.schema_arrow.names]
         if not columns:
             raise DataError(f"{path}: expected a column of {DOCUMENT_FIELDS}, got {file.schema_arrow.names}")
@@ -179,7 +198,8 @@ def _document(row: Any, where: str) -> Document:
             value = row.get(field)
             if value is not None:
                 return check_document(value, where)
-        raise DataError(f"{where}: expected a field of {DOCUMENT_FIELDS}, got {sorted(row)}")
+        empty = ", all of them empty" if any(field in row for field in DOCUMENT_FIELDS) else ""
+        raise DataError(f"{where}: expected a field of {DOCUMENT_FIELDS}, got {sorted(row)}{empty}")
     raise DataError(f"{where}: expected an object with a field of {DOCUMENT_FIELDS}, got {type(row).__name__}")
 
 
@@ -193,9 +213,8 @@ def check_document(value: object, where: str) -> Document:
         return value
     if isinstance(value, list) and value and all(isinstance(item, Mapping) and "role" in item for item in value):
         return [dict(item) for item in value]
-    raise DataError(
-        f"{where}: expected a string or a list of messages with 'role' and 'content', got {type(value).__name__}"
-    )
+    got = "an empty list" if value == [] else type(value).__name__
+    raise DataError(f"{where}: expected a string or a list of messages with 'role' and 'content', got {got}")
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Document]]] = {

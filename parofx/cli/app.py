@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ from parofx.errors import ParoError
 
 #: Exit status of a command that ended in a `ParoError`; the same as for a wrong option.
 ERROR_STATUS = 2
+_PACKAGE = Path(__file__).parents[1]
 
 
 class ErrorsAsMessages(TyperGroup):
@@ -50,9 +52,10 @@ def _as_message(
     file: object = None,
     line: str | None = None,
 ) -> None:
-    """Show a warning without the line of code that gave it."""
+    """Show a warning without the line of code that gave it; of other packages' it says where that is."""
     name = "warning" if category in (UserWarning, RuntimeWarning) else category.__name__
-    errors_console.print(Text.assemble((f"{name}: ", "bold yellow"), str(message)))
+    where = "" if Path(filename).is_relative_to(_PACKAGE) else f" ({filename}:{lineno})"
+    errors_console.print(Text.assemble((f"{name}: ", "bold yellow"), str(message), (where, "dim")))
 
 
 app = typer.Typer(

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -32,7 +32,19 @@ Source = Annotated[
     typer.Argument(metavar="MODEL", help="A folder, a hub id, a .gguf file or a PARO checkpoint.", show_default=False),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Use what is in the hub's local cache, ask no network.")]
+
+
+def _go_offline(offline: bool) -> bool:
+    if offline:
+        # The hub's libraries read it when they are imported, so that it has to come before anything a command does.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return offline
+
+
+Offline = Annotated[
+    bool,
+    typer.Option("--offline", callback=_go_offline, help="Use what is in the hub's local cache, ask no network."),
+]
 Dtype = Annotated[DtypeName, typer.Option(help="Of the float parameters; auto keeps the model's (bfloat16 for GGUF).")]
 Device = Annotated[DeviceName, typer.Option(help="Where to run; auto takes a CUDA device if there is one.")]
 TrustRemoteCode = Annotated[
@@ -69,9 +81,6 @@ def load(
     trust_remote_code: bool,
 ) -> LoadedModel:
     """Load a model as the options say, telling so; on the meta device it comes without its weights."""
-    if offline:
-        # Read when the hub's libraries are imported, which happens below.
-        os.environ["HF_HUB_OFFLINE"] = "1"
     with errors_console.status(f"loading {source} …"):
         import torch
         from transformers.utils import logging
@@ -99,8 +108,22 @@ def check_sources(sources: Iterable[str], split: str = "train") -> None:
     from parofx.calibration.sources import load_texts
 
     for source in sources:
-        if source != "self" and next(load_texts(source, split=split), None) is None:
+        if not any(not isinstance(one, str) or one.strip() for one in load_texts(source, split=split)):
             raise DataError(f"{source} holds no document; see what a source may be in parofx quantize --help")
+
+
+def require_tokenizer(loaded: LoadedModel, source: str, reader: str) -> Any:
+    """Return a model's tokenizer, which `reader` needs.
+
+    Raises:
+        DataError: if it has none.
+    """
+    if loaded.tokenizer is None:
+        raise DataError(
+            f"{source} has no tokenizer that can be loaded, and {reader} reads text; expected tokenizer.json and "
+            "tokenizer_config.json beside its weights, as the model was published with"
+        )
+    return loaded.tokenizer
 
 
 def find_device(device: DeviceName) -> str:

@@ -21,9 +21,10 @@ from parofx.cli.common import (
     check_sources,
     console,
     load,
+    require_tokenizer,
     write_json,
 )
-from parofx.errors import ConfigError, DataError
+from parofx.errors import ConfigError
 
 if TYPE_CHECKING:
     from parofx.models import LoadedModel
@@ -96,11 +97,7 @@ def evaluate(
     loaded = load(
         model, revision=revision, offline=offline, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    if loaded.tokenizer is None:
-        raise DataError(
-            f"{model} has no tokenizer: evaluation reads text; its folder should hold tokenizer.json and "
-            "tokenizer_config.json, as the model was published with"
-        )
+    require_tokenizer(loaded, model, "evaluation")
     other = None
     if reference is not None:
         other = load(

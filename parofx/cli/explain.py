@@ -59,7 +59,10 @@ def explain(
     table = Table("name", "action", "reason", box=None)
     for row in shown:
         table.add_row(row.name, row.action, row.reason)
-    console.print(table if shown or not rows else f"no name of {len(rows)} linears contains {grep!r}")
+    if shown or not rows:
+        console.print(table)
+    else:
+        console.print(f"no name of {len(rows)} linears contains {grep!r}", markup=False, highlight=False)
     actions = Counter(row.action for row in rows)
     console.print(", ".join(f"{count} {action}" for action, count in actions.items()), highlight=False)
     if json_file is not None:

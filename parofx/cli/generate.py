@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from parofx.cli.common import Device, Dtype, Offline, Revision, Source, TrustRemoteCode, console, errors_console, load
+from parofx.cli.common import (
+    Device,
+    Dtype,
+    Offline,
+    Revision,
+    Source,
+    TrustRemoteCode,
+    console,
+    errors_console,
+    load,
+    require_tokenizer,
+)
 from parofx.errors import DataError
 
 
@@ -39,8 +50,9 @@ def generate(
     loaded = load(
         model, revision=revision, offline=offline, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    if loaded.tokenizer is None or not hasattr(loaded.model, "generate"):
-        raise DataError(f"{model} cannot generate text: it has no tokenizer, or its class no generate()")
+    tokenizer = require_tokenizer(loaded, model, "generation")
+    if not hasattr(loaded.model, "generate"):
+        raise DataError(f"{model} cannot generate text: {type(loaded.model).__name__} has no generate()")
 
     import torch
 
@@ -52,7 +64,7 @@ def generate(
         options |= compile_options()
     generate_tokens: Any = loaded.model.generate
     for text in prompt:
-        inputs = encode_prompt(text, loaded.tokenizer, chat=chat).to(loaded.model.device)
+        inputs = encode_prompt(text, tokenizer, chat=chat).to(loaded.model.device)
         if not inputs["input_ids"].numel():
             raise DataError(f"the prompt {text!r} holds no token: give some text, or a model that starts with one")
         started = time.perf_counter()
@@ -62,7 +74,7 @@ def generate(
         seconds = time.perf_counter() - started
         new = output[0, inputs["input_ids"].shape[1] :]
         console.rule(text, align="left")
-        console.print(loaded.tokenizer.decode(new, skip_special_tokens=True), markup=False, highlight=False)
+        console.print(tokenizer.decode(new, skip_special_tokens=True), markup=False, highlight=False)
         errors_console.print(f"{len(new)} tokens in {seconds:.1f} s", style="dim", highlight=False)
 
 

@@ -113,11 +113,13 @@ def summarize(folder: Path) -> Summary:
     from parofx.checkpoint import files, layout
 
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
+        got = "is a file" if folder.exists() else "is not there"
+        raise CheckpointError(f"expected the folder of a PARO checkpoint, as parofx quantize writes it; {folder} {got}")
     quantization = files.read_json(folder / files.CONFIG_FILE).get("quantization_config") or {}
     if not quantization:
         raise CheckpointError(
-            f"{folder} is a float model: parofx explain {folder} tells what would be quantized, parofx quantize does it"
+            f"{folder} is not quantized, its {files.CONFIG_FILE} has no quantization_config: parofx explain {folder} "
+            "tells what would be quantized, parofx quantize does it"
         )
     problems = layout.why_not_readable(quantization)
     shards = None if problems else files.open_folder(folder)

@@ -65,16 +65,22 @@ def build_config(file: Path | None, given: Mapping[str, Any]) -> ParoConfig:
             raise ConfigError(f"{file} cannot be read as a JSON object of options: {error}") from error
         if not isinstance(base, dict) or not isinstance(base.get(_NESTED, {}), dict):
             raise ConfigError(f"{file}: expected a JSON object, with an object for {_NESTED!r}")
-        try:
-            ParoConfig.from_dict(base)
-        except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from error
+    try:
+        return _config(base, given)
+    except ConfigError as error:
+        if file is None:
+            raise
+        _config({}, given)  # what is wrong without the file is not the file's
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def _config(base: Mapping[str, Any], given: Mapping[str, Any]) -> ParoConfig:
     nested = {item.name for item in dataclasses.fields(CalibrationConfig)}
-    calibration = base.pop(_NESTED, {}) | {name: value for name, value in given.items() if name in nested}
-    outer = base | {name: value for name, value in given.items() if name not in nested}
+    calibration = base.get(_NESTED, {}) | {name: value for name, value in given.items() if name in nested}
+    outer = {**base, **{name: value for name, value in given.items() if name not in nested}, _NESTED: calibration}
     if str(outer.get("lm_head", "")).isdigit():
         outer["lm_head"] = int(outer["lm_head"])
-    return ParoConfig.from_dict(outer | {_NESTED: calibration})
+    return ParoConfig.from_dict(outer)
 
 
 def _options(cls: type, panel: str) -> list[inspect.Parameter]:

@@ -20,12 +20,12 @@ from parofx.cli.common import (
     errors_console,
     find_device,
     load,
+    require_tokenizer,
 )
 from parofx.cli.options import build_config, config_options
 from parofx.cli.output import check_output
 from parofx.cli.plan import print_plan
 from parofx.cli.processes import joined
-from parofx.errors import DataError
 
 #: What `inspect` reads the layers' errors from.
 REPORT_FILE = "parofx_report.json"
@@ -76,7 +76,7 @@ def quantize(
     work_dir = chosen.calibration.work_dir
     read = [model, *(calibration or ()), *([] if work_dir is None else [work_dir])]
     check_output(output, overwrite=overwrite, read=read)
-    check_sources(calibration or ())
+    check_sources(source for source in calibration or () if source != "self")
     loaded = load(
         model,
         revision=revision,
@@ -85,11 +85,8 @@ def quantize(
         device="meta" if dry_run else device,
         trust_remote_code=trust_remote_code,
     )
-    if calibration and loaded.tokenizer is None:
-        raise DataError(
-            f"{model} has no tokenizer, which --calibration needs: its folder should hold tokenizer.json and "
-            "tokenizer_config.json, as the model was published with"
-        )
+    if calibration:
+        require_tokenizer(loaded, model, "calibration")
     import parofx
 
     if dry_run:

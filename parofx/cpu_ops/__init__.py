@@ -46,10 +46,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parofx.cpu_ops.build import BuildFailedError, BuildUnavailableError, build_library, cache_dir, find_compiler
+from parofx.cpu_ops.build import BuildFailedError, BuildUnavailableError, build_library, find_compiler
 from parofx.cpu_ops.layout import pack_codes, pack_rotation, pack_weight, unpack_rotation, unpack_weight
 from parofx.cpu_ops.layout_bytes import pack_byte_codes, pack_byte_weight, unpack_byte_weight
 from parofx.cpu_ops.layout_planes import pack_plane_codes, pack_plane_weight, unpack_plane_weight
+from parofx.folders import cache_folder
 
 __all__ = [
     "BuildFailedError",
@@ -157,7 +158,7 @@ def describe() -> dict[str, Any]:
         "available": reason is None,
         "why_unavailable": reason,
         "compiler": " ".join(compiler) if compiler else None,
-        "cache": str(cache_dir()),
+        "cache": str(cache_folder()),
         "library": str(_library) if _library else None,
         "isa": active_isa() if reason is None else None,
         "threads": torch.get_num_threads(),

@@ -12,7 +12,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from parofx.folders import cache_folder, usable_folder
 
 SOURCES = Path(__file__).parent / "csrc"
 TIMEOUT_SECONDS = 300
@@ -103,21 +104,6 @@ def find_openmp() -> Path:
     )
 
 
-def cache_dir() -> Path:
-    """Return the folder for built libraries: `PAROFX_CACHE`, or `parofx` in the user's cache folder.
-
-    For users without a home it is the one among the temporary files that is taken where this one cannot be written to.
-    """
-    if chosen := os.environ.get("PAROFX_CACHE"):
-        return Path(chosen)
-    if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches) / "parofx"
-    try:
-        return Path.home() / ".cache" / "parofx"
-    except RuntimeError:
-        return _temporary_folder()
-
-
 def library_name() -> str:
     """Return the library's file name, which hashes what it is made from but no compiler, as a built one needs none."""
     digest = hashlib.sha256()
@@ -141,7 +127,7 @@ def build_library() -> Path:
     if sys.platform != "linux":
         raise BuildUnavailableError(f"the CPU kernels are built on Linux only, this is {sys.platform}")
     name = library_name()
-    folder = _usable_folder(cache_dir())
+    folder = usable_folder(cache_folder())
     target = folder / name
     if target.exists():
         return target
@@ -198,7 +184,7 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         raise BuildFailedError(
             f"the compiler failed with status {done.returncode}; g++ 11 or newer is needed (set CXX to choose one, "
-            "or to 'none' to do without the CPU kernels)\n"
+            "or to 'none' to do without the kernels)\n"
             f"  {shlex.join(command)}\n{done.stdout}{done.stderr}"
         )
 
@@ -208,27 +194,6 @@ def _loaded_openmp() -> list[Path]:
     lines = maps.read_text().splitlines() if maps.exists() else []
     paths = {line.split(maxsplit=5)[-1] for line in lines if "/" in line}
     return sorted(Path(path) for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
-
-
-def _usable_folder(wanted: Path) -> Path:
-    """`wanted` if this user can write there, else a private folder among the temporary files."""
-    shared = _temporary_folder()
-    if wanted != shared:
-        with contextlib.suppress(OSError):
-            wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=wanted):
-                return wanted
-    with contextlib.suppress(OSError):
-        shared.mkdir(mode=0o700, exist_ok=True)
-        # Anyone may have made that name first: loading code from it is safe only if it is ours alone.
-        state = shared.lstat()
-        if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o077:
-            return shared
-    return Path(tempfile.mkdtemp(prefix="parofx-"))
-
-
-def _temporary_folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"parofx-{os.getuid()}"
 
 
 @contextlib.contextmanager

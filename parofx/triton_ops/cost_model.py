@@ -26,13 +26,13 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from parofx.errors import ConfigError
+from parofx.folders import cache_folder
 from parofx.triton_ops.architectures import Architecture, architecture
 from parofx.triton_ops.layout import TILE_K
 from parofx.triton_ops.tiles import (
@@ -122,10 +122,7 @@ class Plan:
 
 def tuned_table(arch: str) -> Path:
     """Return the file of an architecture's tuned rows: in `$PAROFX_CACHE`, or the user's cache folder."""
-    base = (
-        os.environ.get("PAROFX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "parofx"
-    )
-    return Path(base) / "launch_tables" / f"{arch}.json"
+    return cache_folder() / "launch_tables" / f"{arch}.json"
 
 
 def parse_table(text: str, where: str) -> tuple[Row, ...]:

@@ -61,10 +61,16 @@ def test_interleave_takes_one_of_each_in_turn() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "one"}\n{', r"a.jsonl, line 2, column 2: expected one JSON object a line, got \{$"),
-        ("a.jsonl", '{"text":' + "x" * 99, r"line 1, column 9: .* got \{\"text\":x{52}…$"),
+        ("a.jsonl", '{"text": "one"}\n{', r"a.jsonl, line 2, column 2: expected one JSON object a line, got '\{' \("),
+        ("a.jsonl", '{"text":' + "x" * 99, r"line 1, column 9: .* got '\{\"text\":x{60}'… \(Expecting value"),
+        ("a.jsonl", '   {"text": }', "line 1, column 13: "),
+        ("a.jsonl", f'{{"text": "{"x" * 99}" y', r"column 112: .* got …'x{28}\" y' \(Expecting ',' delimiter"),
+        ("a.jsonl", '{"text": "a\tb"}', r"column 12: .*a\\tb.*Invalid control character"),
+        ("a.jsonl", "[" * 100_000, r"line 1: expected one JSON object a line, got '\[{60}'… \(.*recursion"),
+        ("a.jsonl", '{"text": null}', r"got \['text'\], all of them empty"),
+        ("a.jsonl", '{"messages": []}', "got an empty list"),
         ("a.jsonl", '{"body": "one"}', r"line 1: expected a field of \('text', 'messages'\), got \['body'\]"),
-        ("a.jsonl", "9" * 5000, "line 1, column 1: expected one JSON object a line, got 9{60}…$"),
+        ("a.jsonl", "9" * 5000, r"line 1: expected one JSON object a line, got '9{60}'… \("),
         ("a.jsonl", '"one"', "line 1: expected an object with a field"),
         ("a.jsonl", '{"text": 7}', "line 1: expected a string or a list of messages"),
         ("a.csv", "one", "expected a file ending in one of"),
@@ -75,15 +81,34 @@ def test_a_wrong_file_is_named(tmp_path: Path, name: str, content: str, message:
         list(load_texts(write(tmp_path / name, content)))
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "one"), ("a.jsonl", '{"text": "one"}\n\u00a0 \n')])
+def test_a_mark_of_utf_8_is_no_text(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert list(load_texts(tmp_path / name)) == ["one"]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("a.txt", "a.jsonl"):
+        documents = load_texts(write(tmp_path / name, '{"text": "one"}'))
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "open", refuse)
+            patched.setattr(Path, "read_text", refuse)
+            with pytest.raises(DataError, match=f"{name} cannot be read as .*Permission"):
+                list(documents)
+
+
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(DataError, match="expected UTF-8 text, got the byte 0xff at 0"):
+    with pytest.raises(DataError, match="expected UTF-8 text, got the byte 0xff behind 0 others"):
         list(load_texts(tmp_path / "a.txt"))
 
 
 def test_bytes_that_are_no_json_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: expected UTF-8 text, got the byte 0xff at 10"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: expected UTF-8 text, got the byte 0xff behind 10 others"):
         list(load_texts(tmp_path / "a.jsonl"))
 
 
@@ -91,7 +116,7 @@ def test_bytes_that_are_no_json_are_refused(tmp_path: Path) -> None:
 def test_a_broken_parquet_file_is_named(tmp_path: Path, content: bytes) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.parquet is truncated or not a Parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read as Parquet: "):
         list(load_texts(tmp_path / "a.parquet"))
 
 
@@ -118,7 +143,7 @@ def test_text_in_place_of_a_source_is_refused(monkeypatch: pytest.MonkeyPatch) -
         list(load_texts("the sea is wide"))
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "./missing", "~/missing", "/missing"])
+@pytest.mark.parametrize("name", ["missing.txt", "./missing", "~/missing", "/missing", "missing/", "~no-such-user/a"])
 def test_a_missing_path_is_not_taken_for_a_dataset(name: str) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         list(load_texts(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ import pytest
 import tiny
 from conftest import Files, Run
 
+import parofx
 from parofx.cli.inspect import summarize
 from parofx.cli.options import build_config
 from parofx.config import CalibrationConfig, ParoConfig
@@ -137,6 +139,13 @@ def test_given_options_come_before_the_file(tmp_path: Path) -> None:
     config = build_config(file, {"krot": 4, "steps": 7})
     assert config == ParoConfig(krot=4, group_size=64, calibration=CalibrationConfig(steps=7, seed=3))
     assert build_config(None, {}) == ParoConfig()
+    file.write_text(json.dumps({"bits": 2, "lm_head": "8"}))  # of no use alone
+    assert build_config(file, {"bits": 4}) == ParoConfig(lm_head=8)
+    with pytest.raises(ConfigError, match=r"config\.json: invalid ParoConfig"):
+        build_config(file, {"krot": 4})
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=r"^invalid ParoConfig"):
+        build_config(file, {"krot": -1})
 
 
 @pytest.mark.parametrize(
@@ -150,6 +159,7 @@ def test_given_options_come_before_the_file(tmp_path: Path) -> None:
             r"config\.json: unknown ParoConfig options \['group_sise'\]; for 'group_sise' perhaps 'group_s",
         ),
         ('{"calibration": {"steps": -1}}', r"config\.json: invalid CalibrationConfig"),
+        ('{"steps": 3}', r"config\.json: unknown .*; 'steps' belongs to 'calibration'"),
     ],
 )
 def test_a_wrong_configuration_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -165,10 +175,12 @@ def test_an_unknown_pass_is_refused(run: Run) -> None:
 
 
 def test_what_is_no_checkpoint_to_inspect_is_said(files: Files, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a float model: parofx explain"):
+    with pytest.raises(CheckpointError, match=r"is not quantized, .*parofx explain"):
         summarize(files.float_model)
-    with pytest.raises(CheckpointError, match=r"there is no folder .*missing"):
+    with pytest.raises(CheckpointError, match=r"expected the folder .*missing is not there"):
         summarize(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match=r"config\.json is a file"):
+        summarize(files.float_model / "config.json")
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(CheckpointError, match="is no readable PARO checkpoint"):
         summarize(tmp_path)
@@ -185,9 +197,46 @@ def test_text_needs_a_tokenizer(run: Run, tmp_path: Path, command: str) -> None:
 
 
 def test_a_text_without_a_document_is_named_before_the_model_is_read(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(DataError, match=r"empty\.txt holds no document"):
-        run("--traceback", "eval", tmp_path / "no model", "--text", tmp_path / "empty.txt")
+    for text in ("", '{"text": ""}\n{"text": " "}'):
+        (tmp_path / "empty.jsonl").write_text(text)
+        with pytest.raises(DataError, match=r"empty\.jsonl holds no document"):
+            run("--traceback", "eval", tmp_path / "no model", "--text", tmp_path / "empty.jsonl")
+
+
+def test_a_tokenizer_that_is_broken_is_told_from_none(
+    run: Run, files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for file in files.float_model.iterdir():
+        (tmp_path / file.name).write_bytes(b"{" if file.name == "tokenizer.json" else file.read_bytes())
+    with pytest.raises(DataError, match="no tokenizer that can be loaded"):
+        run("--traceback", "generate", tmp_path, "-p", "ships")
+    assert [record for record in caplog.records if record.levelname == "WARNING" and "tokenizer" in record.message]
+
+
+@pytest.mark.parametrize("command", ["eval {missing} --text wikitext2", "quantize {missing} -o {out} --calibration c4"])
+def test_no_network_is_asked_when_told_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    seen = []
+
+    def load_dataset(*_: object, **__: object) -> None:
+        seen.append(os.environ.get("HF_HUB_OFFLINE"))
+        raise ConnectionError("no network")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # put back behind the test
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    options = command.format(missing=tmp_path / "missing", out=tmp_path / "out").split()
+    status, _, _ = run(*options, "--offline")
+    assert status == 2
+    assert seen == ["1"]
+
+
+def test_an_evaluation_has_no_text_of_its_own(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ValueError("no such name")))
+    with pytest.raises(DataError, match="'self' is no file or folder"):
+        run("--traceback", "eval", tmp_path / "no model", "--text", "self")
 
 
 def test_a_truncated_file_of_a_float_model_is_named(run: Run, files: Files, tmp_path: Path) -> None:
@@ -204,14 +253,16 @@ def test_a_pattern_that_matches_nothing_is_refused(run: Run, files: Files) -> No
 
 
 def test_a_filter_that_matches_nothing_says_so(run: Run, files: Files) -> None:
-    status, output, _ = run("explain", files.float_model, "--grep", "nomatch")
-    assert status == 0
-    assert "linears contains 'nomatch'" in output
+    for pattern in ("nomatch", "[attn]", "[/x]"):
+        status, output, _ = run("explain", files.float_model, "--grep", pattern)
+        assert status == 0
+        assert f"linears contains '{pattern}'" in output
 
 
 def test_a_warning_is_a_message(run: Run, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
-        warnings.warn("little text", stacklevel=1)
+        for origin in (__file__, parofx.__file__):
+            warnings.warn_explicit("little text", UserWarning, origin, 7)
         raise ConfigError("that is all")
 
     monkeypatch.setattr("parofx.cli.explain.load", load)
@@ -219,7 +270,8 @@ def test_a_warning_is_a_message(run: Run, files: Files, tmp_path: Path, monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         output = run("explain", files.float_model).output
-    assert output.splitlines() == ["warning: little text", "error: that is all"]
+    expected = f"warning: little text ({__file__}:7) warning: little text error: that is all"
+    assert "".join(output.split()) == "".join(expected.split())
     assert warnings.showwarning is shown
 
 
